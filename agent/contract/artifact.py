@@ -1,0 +1,246 @@
+"""The artifact: a folder of plain files named by one canonical JSON manifest.
+
+Reading is strict: file names are fixed, sizes are checked before digests, unknown roles are ignored, unknown
+fields are kept. Nothing is ever unpickled or extracted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from agent.contract.errors import Corrupt, Incompatible, TooLarge, UnsupportedVersion
+from agent.contract.topics import IDENTIFIER
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MAX_MANIFEST_BYTES = 256 * 1024
+MAX_BLOB_BYTES = 1024 * 1024 * 1024
+FILES = {"model": "model.onnx", "reference": "reference.npz", "golden": "golden.npz", "card": "card.json"}
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Blob(Part):
+    file: str
+    size: int = Field(ge=0, le=MAX_BLOB_BYTES)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Channel(Part):
+    """One sensor channel on an input's last axis. `minimum`..`maximum` is the sensor's allowed range."""
+
+    name: str
+    unit: str
+    group: str
+    minimum: float
+    maximum: float
+
+
+class Input(Part):
+    name: str
+    datatype: str
+    shape: list[int]
+    meaning: str = ""
+    channels: list[Channel] = []
+    missing: Literal["refuse", "impute", "pass"] = "refuse"
+    out_of_range: Literal["refuse", "clip", "pass"] = "pass"
+
+
+class Output(Part):
+    name: str
+    datatype: str
+    shape: list[int]
+    meaning: str = ""
+
+
+class View(Part):
+    """What drift sees of a request. `output` is a graph output of shape (rows, len(features))."""
+
+    name: str
+    kind: Literal["identity", "channels", "image", "hidden", "outputs"]
+    source: Literal["graph", "agent"] = "graph"
+    output: str = ""
+    features: list[str]
+
+
+class Window(Part):
+    """How a stream is cut into model inputs; `length` and `hop` in samples."""
+
+    length: int = Field(gt=0)
+    hop: int = Field(gt=0)
+    rate_hz: float = Field(gt=0)
+
+
+class Budget(Part):
+    """What this artifact promises on its device class; None = not promised."""
+
+    device_class: str
+    latency_p95_us: float | None = None
+    size_bytes: int | None = None
+    memory_bytes: int | None = None
+    energy_mj: float | None = None
+    accuracy_drop: float | None = None  # against the teacher, 0..1
+
+
+class Choice(Part):
+    """Why this variant: replayed by a rebuild, never measured again."""
+
+    variant: str
+    device_class: str
+    reason: str
+
+
+class Runtime(Part):
+    opset: int
+    minimum: str  # oldest onnxruntime this was tested with
+    precision: str  # float32 | int8 | constant
+
+
+class Manifest(Part):
+    format: int = FORMAT
+    name: str
+    version: int = Field(ge=1)
+    service: str  # the name clients ask for; siblings share it
+    task: str
+    kind: Literal["onnx", "floor"] = "onnx"
+    inputs: list[Input]
+    outputs: list[Output]
+    labels: list[str] = []
+    label_output: str = ""
+    reads: list[str] = []  # channels the model looks at; empty = all
+    window: Window | None = None
+    budgets: list[Budget] = []
+    fallbacks: list[str] = []  # sibling names, best first
+    views: list[View] = []
+    floor_outputs: dict[str, list[float]] | None = None
+    runtime: Runtime
+    choice: Choice | None = None
+    parent: str | None = None
+    quantisation: dict[str, Any] = {}
+    provenance: dict[str, Any] = {}
+    blobs: dict[str, Blob] = {}
+
+    @field_validator("name", "service")
+    @classmethod
+    def _identifier(cls, value: str) -> str:
+        if not IDENTIFIER.fullmatch(value):
+            raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
+        return value
+
+    def encode(self) -> bytes:
+        """Canonical JSON: sorted keys, no spaces, one newline at the end."""
+        return canonical(self.model_dump(mode="json", exclude_none=False))
+
+
+def canonical(document: Any) -> bytes:
+    """The one byte form of a JSON document; NaN and infinity are refused."""
+    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    return text.encode() + b"\n"
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Artifact(BaseModel):
+    """A verified artifact folder. `digest` is the sha256 of its manifest's bytes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: Path
+    digest: str
+    manifest: Manifest
+
+    def path(self, role: str) -> Path:
+        """Where a blob lies.
+
+        Raises:
+            Incompatible: this artifact has no such blob.
+        """
+        if role not in self.manifest.blobs:
+            raise Incompatible(f"artifact '{self.manifest.name}' in {self.folder} has no {role}")
+        return self.folder / FILES[role]
+
+    def card(self) -> dict[str, Any]:
+        """The card as a document; empty when the artifact has none."""
+        if "card" not in self.manifest.blobs:
+            return {}
+        document: dict[str, Any] = json.loads(self.path("card").read_bytes())
+        return document
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Read and verify every byte of an artifact folder.
+
+    Raises:
+        Corrupt: a file is missing, a size or digest differs, or the manifest is malformed.
+        TooLarge: a file is larger than the format allows.
+        UnsupportedVersion: written by a newer format.
+    """
+    manifest_path = folder / MANIFEST
+    try:
+        size = manifest_path.stat().st_size
+        if size > MAX_MANIFEST_BYTES:
+            raise TooLarge(f"{manifest_path} has {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
+        raw = manifest_path.read_bytes()
+    except OSError as error:
+        raise Corrupt(
+            f"cannot read {manifest_path}: {error.strerror}",
+            hint="Name a folder written by `edgewarden-compressor compress`.",
+        ) from None
+    manifest = parse_manifest(raw, where=str(manifest_path))
+    for role, blob in manifest.blobs.items():
+        if role in FILES:
+            _verify(folder, role, blob)
+    if manifest.kind == "onnx" and "model" not in manifest.blobs:
+        raise Corrupt(f"{manifest_path} names no model")
+    if manifest.kind == "floor" and not manifest.floor_outputs:
+        raise Corrupt(f"{manifest_path} is a floor without floor_outputs")
+    return Artifact(folder=folder, digest=sha256(raw), manifest=manifest)
+
+
+def parse_manifest(raw: bytes, *, where: str = MANIFEST) -> Manifest:
+    """Manifest from its bytes.
+
+    Raises:
+        Corrupt, UnsupportedVersion
+    """
+    try:
+        manifest = Manifest.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "document"
+        raise Corrupt(f"{where}: {place}: {first['msg']}", hint="The artifact must be built again.") from None
+    if manifest.format > FORMAT:
+        raise UnsupportedVersion(
+            f"{where} has format {manifest.format}, this agent reads up to {FORMAT}", hint="Update the agent."
+        )
+    return manifest
+
+
+def _verify(folder: Path, role: str, blob: Blob) -> None:
+    path = folder / FILES[role]
+    if blob.file != FILES[role]:
+        raise Corrupt(f"{folder}: the {role} must be called {FILES[role]}, not '{blob.file[:60]}'")
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise Corrupt(f"cannot read {path}: {error.strerror}", hint="The artifact is incomplete.") from None
+    if path.is_symlink() or not path.is_file():
+        raise Corrupt(f"{path} is not a plain file")
+    if size != blob.size:
+        raise Corrupt(f"{path} has {size} bytes, the manifest says {blob.size}", hint="Copy the artifact again.")
+    if sha256_file(path) != blob.sha256:
+        raise Corrupt(f"{path} does not match the digest in its manifest", hint="Copy the artifact again.")

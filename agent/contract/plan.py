@@ -1,0 +1,207 @@
+"""What a worker is told: one compiled plan over the channel, and the frames both sides exchange.
+
+Plain frozen dataclasses, so that the worker needs no validation library: the agent process has already
+checked the artifacts and the configuration. All paths are absolute. Tensors are named as in the manifest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class EngineKind(StrEnum):
+    ONNX = "onnx"
+    FLOOR = "floor"  # a declared constant answer; needs no runtime
+
+
+class GuardPolicy(StrEnum):
+    """What happens to an input that a guard finds wrong."""
+
+    REFUSE = "refuse"  # 400, nothing is run
+    IMPUTE = "impute"  # bad numbers are replaced by the channel's reference mean
+    CLIP = "clip"  # out-of-range numbers are moved to the nearest allowed one
+    PASS = "pass"  # served as it is; said in the response and counted  # noqa: S105
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlan:
+    """One input or output. `shape` holds -1 for a free axis; `datatype` is the Open Inference name (FP32...)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPlan:
+    """One sensor channel on the last axis of an input; the guard's numbers are in the channel's own unit.
+
+    `minimum`/`maximum`: allowed range. `mean`: what imputing writes. `group`: channels that share a sensor.
+    """
+
+    name: str
+    group: str
+    minimum: float
+    maximum: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True)
+class GuardPlan:
+    """How inputs are checked. `channels` describe the last axis of `input`; empty = only NaN/Inf is checked.
+
+    dead: standard deviation over the window below `dead_sd`; stuck: one value repeated for `stuck_share` of
+    the window while the channel's neighbours move; scale: a group's rms outside reference range by more
+    than `scale_factor`.  `group_rms` maps a group to its reference (minimum, maximum) rms.
+    """
+
+    input: str
+    channels: tuple[ChannelPlan, ...] = ()
+    not_finite: GuardPolicy = GuardPolicy.REFUSE
+    out_of_range: GuardPolicy = GuardPolicy.PASS
+    dead_sd: float = 1e-3
+    stuck_share: float = 0.9
+    scale_factor: float = 2.5
+    group_rms: dict[str, tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ViewPlan:
+    """One view: a graph output of shape (rows, width) that stays on the device."""
+
+    name: str
+    output: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """One model of a service's lineup. `model_path` and `golden_path` are empty for a floor."""
+
+    engine: str
+    version: int
+    digest: str  # sha256 of the manifest
+    kind: EngineKind
+    model_path: str = ""
+    model_sha256: str = ""
+    golden_path: str = ""
+    inputs: tuple[TensorPlan, ...] = ()
+    outputs: tuple[TensorPlan, ...] = ()
+    views: tuple[ViewPlan, ...] = ()
+    floor_outputs: dict[str, list[float]] | None = None  # one row per output
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePlan:
+    """One served name and the engines that may answer it, best first; the last is the floor.
+
+    `label_output`: the output whose argmax is the predicted class of an observation ("" = none).
+    """
+
+    service: str
+    engines: tuple[EnginePlan, ...]
+    active: str
+    guard: GuardPlan | None
+    labels: tuple[str, ...] = ()
+    label_output: str = ""
+    deadline_ms: float = 1000.0
+    queue_limit: int = 64
+    floor_status: int = 200  # HTTP status of a floor answer: 200 or 503
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """Everything one worker needs. Sockets, ring and channel come as file descriptors, not names."""
+
+    generation: int
+    services: tuple[ServicePlan, ...]
+    max_body_bytes: int = 64 * 1024 * 1024
+    stuck_after_s: float = 5.0
+
+
+# --- frames: agent -> worker -------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class Start:
+    plan: WorkerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Accept connections from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prefer:
+    """From now on `engine` answers first for `service`; the others stay behind it in plan order."""
+
+    service: str
+    engine: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Stop accepting, finish what is being answered, exit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    nonce: int
+
+
+# --- frames: worker -> agent -------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class EngineLoaded:
+    """`golden_ok` is False when the engine's golden inputs were answered wrongly; it is then not used."""
+
+    service: str
+    engine: str
+    load_ms: float
+    golden_ok: bool
+    error_code: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    generation: int
+    pid: int
+    engines: tuple[EngineLoaded, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preferred:
+    """The worker has switched; every request read after this frame was written is answered by `engine`."""
+
+    service: str
+    engine: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTrouble:
+    """A run failed (exception, non-finite output, deadline, stuck). At most a few a second; `count` since last."""
+
+    service: str
+    engine: str
+    code: str  # engine_failed | non_finite | deadline_exceeded | stuck
+    text: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """`statistics`: flat numbers of the worker (connections, queue, resident_bytes, cpu_s, requests, errors...)."""
+
+    nonce: int
+    statistics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    generation: int
+
+
+ToWorker = Start | Serve | Prefer | Drain | Ping
+FromWorker = Ready | Preferred | EngineTrouble | Pong | Drained
