@@ -1,0 +1,1 @@
+"""The quickstart's story, told by real processes: `python -m scripts.story`."""
