@@ -1,0 +1,308 @@
+"""AgentConfig: every setting of the device side, checked once and frozen.
+
+Units stand in the names. Unknown keys are refused with the nearest known name. Relative paths start at the
+folder of the configuration file. What a value means is its `description`; the reference page is made of these.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import platform
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+
+from agent.contract.artifact import MANIFEST
+from agent.contract.errors import ConfigError
+from agent.contract.plan import GuardPolicy
+from agent.contract.topics import IDENTIFIER, Topics
+from agent.settings import Key, Settings, read_settings
+
+
+def _resolved(path: Path, info: ValidationInfo) -> Path:
+    folder: Path = (info.context or {}).get("folder", Path.cwd())
+    return folder / path.expanduser()
+
+
+def _resolved_or_empty(text: str, info: ValidationInfo) -> str:
+    return str(_resolved(Path(text), info)) if text else ""
+
+
+def _resolved_or_system(text: str, info: ValidationInfo) -> str:
+    return text if text == "system" else _resolved_or_empty(text, info)
+
+
+def _identifier(text: str) -> str:
+    if not IDENTIFIER.fullmatch(text):
+        raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
+    return text
+
+
+def _host_identifier() -> str:
+    """The host's name, made fit for a topic."""
+    return re.sub(r"[^a-z0-9-]+", "-", platform.node().split(".")[0].lower()).strip("-")[:36] or "device"
+
+
+FilePath = Annotated[Path, AfterValidator(_resolved)]
+OptionalPath = Annotated[str, AfterValidator(_resolved_or_empty)]
+CaSource = Annotated[str, AfterValidator(_resolved_or_system)]
+Identifier = Annotated[str, AfterValidator(_identifier)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeviceSection(Section):
+    id: Identifier = Field(default_factory=_host_identifier, description="This device; default: the host's name.")
+    fleet: Identifier = Field(default="default", description="The fleet this device belongs to.")
+
+
+class StateSection(Section):
+    folder: FilePath = Field(default=Path("/var/lib/edgewarden"), description="Where the agent keeps its own state.")
+
+
+class ClockSection(Section):
+    source: Literal["wall", "data"] = Field(
+        default="wall", description="Whose time decides: the wall clock, or the newest `ew_time_s` of the requests."
+    )
+
+
+class ServingSection(Section):
+    unix: OptionalPath = Field(
+        default="/run/edgewarden/serve.sock",
+        description="Unix socket clients ask on; empty = none.",
+    )
+    unix_mode: str = Field(default="0660", pattern=r"^0[0-7]{3}$", description="Access mode of that socket, octal.")
+    tcp: str = Field(
+        default="", pattern=r"^$|^.+:[0-9]{1,5}$", description="HOST:PORT to serve on as well; empty = none."
+    )
+    max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, le=1 << 31, description="Largest request body.")
+    floor_status: Literal[200, 503] = Field(default=200, description="HTTP status of an answer by the floor.")
+
+
+class ServiceSection(Section):
+    name: Identifier = Field(description="The name clients ask for.")
+    artifact: FilePath = Field(description="Folder of the active model's artifact.")
+    fallbacks: list[FilePath] = Field(
+        default=[], max_length=8, description="Folders of fallback artifacts, best first."
+    )
+    floor: OptionalPath = Field(default="", description="Folder of the floor's artifact: the answer of last resort.")
+    deadline_ms: float = Field(
+        default=1000.0, gt=0, le=600_000, description="A request is answered or refused within this."
+    )
+    queue_limit: int = Field(default=64, ge=1, le=4096, description="Requests that may wait before 503.")
+    threads: int = Field(default=1, ge=1, le=64, description="CPU threads of each engine.")
+
+
+class GuardSection(Section):
+    not_finite: GuardPolicy | None = Field(
+        default=None, description="NaN or infinity in an input; default: the manifest's."
+    )
+    out_of_range: GuardPolicy | None = Field(
+        default=None, description="Values out of range; default: the manifest's."
+    )
+
+
+class FallbackSection(Section):
+    dwell_s: float = Field(default=120.0, ge=0, description="Minimum stay on a fallback (decision clock).")
+    probation_s: float = Field(default=60.0, ge=0, description="How long a returned model is watched.")
+    max_dwell_s: float = Field(
+        default=86_400.0, gt=0, description="A failed return doubles the next stay, up to this."
+    )
+    failures: int = Field(
+        default=3, ge=1, description="So many failed requests of the last `of_last` leave an engine."
+    )
+    of_last: int = Field(default=20, ge=1, le=10_000, description="See `failures`.")
+
+
+class BudgetSection(Section):
+    latency_p95_us: float = Field(
+        default=0.0, ge=0, description="95th percentile of latency; 0 = the artifact's promise."
+    )
+    power_w: float = Field(default=0.0, ge=0, description="Device power; 0 = no limit.")
+    temperature_c: float = Field(default=0.0, ge=0, description="Device temperature; 0 = no limit.")
+    memory_bytes: int = Field(default=0, ge=0, description="Resident memory of agent and worker; 0 = no limit.")
+
+
+class LinkSection(Section):
+    enabled: bool = Field(default=False, description="Report to a broker.")
+    host: str = Field(default="localhost", min_length=1, description="Broker's host name or address.")
+    port: int = Field(default=1883, ge=1, le=65535, description="Broker's port (8883 with TLS).")
+    username: str = Field(default="", description="User name at the broker; empty = none.")
+    password_file: OptionalPath = Field(
+        default="",
+        description="File holding the password; default: the systemd credential `mqtt-password`, if there is one.",
+    )
+    tls_ca: CaSource = Field(default="", description="CA certificates (PEM), or `system`; set = TLS.")
+    tls_cert: OptionalPath = Field(default="", description="This device's certificate (PEM), for mutual TLS.")
+    tls_key: OptionalPath = Field(default="", description="Its key (PEM).")
+    prefix: str = Field(default="ew", description="First part of every topic.")
+    keepalive_s: int = Field(default=30, ge=5, le=3600, description="MQTT keep-alive.")
+
+
+class TelemetrySection(Section):
+    interval_s: float = Field(default=60.0, ge=0.5, le=86_400, description="Length of one telemetry window.")
+
+
+class OutboxSection(Section):
+    max_bytes: int = Field(
+        default=16 * 1024 * 1024, ge=64 * 1024, le=1 << 32, description="Most it may hold on disk."
+    )
+    max_age_s: float = Field(default=7 * 86_400.0, gt=0, description="Older messages are dropped and counted.")
+    delete_after: Literal["puback"] = Field(default="puback", description="When a message leaves the outbox.")
+
+
+class AdminSection(Section):
+    socket: OptionalPath = Field(
+        default="", description="Admin socket (mode 0600); default: <state.folder>/admin.sock."
+    )
+
+
+class WorkerSection(Section):
+    start_timeout_s: float = Field(default=60.0, gt=0, description="Loading and golden inputs must be done by then.")
+    ping_interval_s: float = Field(
+        default=1.0, gt=0, le=60, description="How often the worker is asked for a sign of life."
+    )
+    missed_pings: int = Field(default=3, ge=1, le=100, description="So many unanswered = hung: it is replaced.")
+    drain_timeout_s: float = Field(
+        default=10.0, gt=0, le=600, description="How long a stopping worker may finish requests."
+    )
+    stuck_after_s: float = Field(default=5.0, gt=0, le=600, description="A single run longer than this is stuck.")
+
+
+class LogSection(Section):
+    level: Literal["debug", "info", "notice", "warning", "error"] = Field(
+        default="info", description="Least severity."
+    )
+    style: Literal["auto", "text", "json"] = Field(
+        default="auto", description="`auto`: text, with `<N>` under systemd."
+    )
+
+
+class AgentConfig(Section):
+    """The whole configuration of one agent."""
+
+    device: DeviceSection = Field(default_factory=DeviceSection)
+    state: StateSection = Field(default_factory=StateSection)
+    clock: ClockSection = Field(default_factory=ClockSection)
+    serving: ServingSection = Field(default_factory=ServingSection)
+    service: list[ServiceSection] = Field(default=[], max_length=32)
+    guard: GuardSection = Field(default_factory=GuardSection)
+    fallback: FallbackSection = Field(default_factory=FallbackSection)
+    budget: BudgetSection = Field(default_factory=BudgetSection)
+    link: LinkSection = Field(default_factory=LinkSection)
+    telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
+    outbox: OutboxSection = Field(default_factory=OutboxSection)
+    admin: AdminSection = Field(default_factory=AdminSection)
+    worker: WorkerSection = Field(default_factory=WorkerSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @property
+    def admin_socket(self) -> Path:
+        return Path(self.admin.socket) if self.admin.socket else self.state.folder / "admin.sock"
+
+    @property
+    def topics(self) -> Topics:
+        return Topics(fleet=self.device.fleet, device=self.device.id, prefix=self.link.prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """One effective value: what it is, who set it and what it means."""
+
+    key: str
+    value: str
+    origin: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedConfig:
+    config: AgentConfig
+    settings: Settings
+
+    def explain(self) -> list[Explained]:
+        """Every key with value and origin, in the order of the sections."""
+        return list(_explain(self.config, self.settings, ()))
+
+
+def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
+    """Read, merge and check the configuration.
+
+    Raises:
+        ConfigError: a file is missing or not TOML, a key is unknown (the nearest one is named), a value is of
+            the wrong type or out of range, or an artifact's folder does not exist.
+    """
+    settings = read_settings(file, environment)
+    try:
+        config = AgentConfig.model_validate(settings.values, context={"folder": settings.folder})
+    except ValidationError as error:
+        problems = [_problem(detail, settings) for detail in error.errors()[:5]]
+        raise ConfigError("; ".join(problems), hint="`edgewarden-agent check-config` shows every key.") from None
+    _check_sense(config, settings)
+    return LoadedConfig(config=config, settings=settings)
+
+
+def _check_sense(config: AgentConfig, settings: Settings) -> None:
+    """What no single key can tell."""
+    if not config.service:
+        raise ConfigError(f"{settings.file} configures no service", hint="Add a [[service]] with name and artifact.")
+    names = [service.name for service in config.service]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{settings.file} names a service twice: {', '.join(names)}")
+    if bool(config.link.tls_cert) != bool(config.link.tls_key):
+        raise ConfigError("link.tls_cert and link.tls_key belong together", hint="Set both or none.")
+    if config.fallback.failures > config.fallback.of_last:
+        raise ConfigError("fallback.failures cannot be more than fallback.of_last")
+    for index, service in enumerate(config.service):
+        for folder in (service.artifact, *service.fallbacks, *([Path(service.floor)] if service.floor else [])):
+            if not (folder / MANIFEST).is_file():
+                raise ConfigError(
+                    f"service '{service.name}' in {settings.origin('service', index)}: {folder} holds no artifact",
+                    hint="Name a folder written by `edgewarden-compressor compress`.",
+                )
+
+
+def _problem(detail: Any, settings: Settings) -> str:
+    place: Key = detail["loc"]
+    name = ".".join(str(part) for part in place)
+    where = settings.origin(*place)
+    if detail["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(str(place[-1]), _known_keys(place[:-1]), n=1, cutoff=0.5)
+        meant = f"; did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(_known_keys(place[:-1]))}"
+        return f"unknown key '{name}' in {where}{meant}"
+    if detail["type"] == "missing":
+        return f"'{name}' is missing in {settings.origin(*place[:-1])}"
+    return f"'{name}' in {where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r:.60})"
+
+
+def _known_keys(place: Key) -> list[str]:
+    model: type[BaseModel] = AgentConfig
+    for part in place:
+        if isinstance(part, str):
+            annotation = model.model_fields[part].annotation
+            model = ServiceSection if part == "service" else annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _explain(part: BaseModel, settings: Settings, place: Key) -> Iterator[Explained]:
+    for name, field in type(part).model_fields.items():
+        value, key = getattr(part, name), (*place, name)
+        if isinstance(value, BaseModel):
+            yield from _explain(value, settings, key)
+        elif name == "service":
+            for index, service in enumerate(value):
+                yield from _explain(service, settings, (*key, index))
+        else:
+            yield Explained(
+                key=".".join(str(item) for item in key),
+                value=json.dumps(value, default=str),
+                origin=settings.origin(*key),
+                description=field.description or "",
+            )
