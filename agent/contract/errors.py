@@ -16,7 +16,8 @@
     |  |- UnknownModel
     |  |- Overloaded
     |  |- DeadlineExceeded
-    |  `- EngineFailed
+    |  |- EngineFailed
+    |  `- Disconnected          the connection to the server broke or cannot be opened
     |- LinkError                the broker refused or cannot be reached
     |- StorageError
     |  |- DiskFull
@@ -118,6 +119,11 @@ class DeadlineExceeded(ServingError):
 
 class EngineFailed(ServingError):
     code = "engine_failed"
+
+
+class Disconnected(ServingError):
+    code = "disconnected"
+    retryable = True
 
 
 class LinkError(EdgewardenError):
