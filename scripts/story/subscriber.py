@@ -1,0 +1,93 @@
+"""An independent MQTT subscriber: sees what any third party would see, and counts what is missing."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from paho.mqtt import client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
+from paho.mqtt.packettypes import PacketTypes
+from paho.mqtt.properties import Properties
+
+
+@dataclass(frozen=True)
+class Seen:
+    topic: str
+    document: dict[str, Any]
+    retained: bool
+
+
+@dataclass
+class Subscriber:
+    """Listens to a whole fleet with a session that the broker keeps while this client is away."""
+
+    port: int
+    user: str
+    password: str
+    fleet: str
+    seen: list[Seen] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"story-{self.user}", protocol=mqtt.MQTTv5)
+        self.client.username_pw_set(self.user, self.password)
+        self.client.on_connect = self._on_connect
+        self.client.on_message = self._on_message
+        self.client.reconnect_delay_set(1, 2)
+        keep = Properties(PacketTypes.CONNECT)
+        keep.SessionExpiryInterval = 3600
+        self.ready = threading.Event()
+        self.client.connect("127.0.0.1", self.port, clean_start=True, properties=keep)
+        self.client.loop_start()
+        if not self.ready.wait(10):
+            raise RuntimeError("the story's own subscriber could not subscribe at the broker within 10 s")
+
+    def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
+        client.subscribe(f"ew/1/{self.fleet}/#", qos=1)
+        self.ready.set()
+
+    def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
+        payload = bytes(message.payload)
+        if not payload:
+            return
+        with self.lock:
+            self.seen.append(Seen(message.topic, json.loads(payload), message.retain))
+
+    def events(self, since: int = 0) -> list[dict[str, Any]]:
+        """Documents of `ev/...` topics from position `since` of `seen` on, each once, in order of sequence."""
+        with self.lock:
+            found = {
+                (item.document["boot"], item.document["seq"]): item.document
+                for item in self.seen[since:]
+                if "/ev/" in item.topic
+            }
+        return [found[key] for key in sorted(found, key=lambda key: found[key]["at"])]
+
+    def position(self) -> int:
+        with self.lock:
+            return len(self.seen)
+
+    def latest(self, word: str) -> dict[str, Any] | None:
+        """The newest document on the topic that ends with `word`."""
+        with self.lock:
+            for item in reversed(self.seen):
+                if item.topic.endswith("/" + word):
+                    return item.document
+        return None
+
+    def missing(self, device: str) -> int:
+        """Sequence numbers of `device` between 0 and the highest seen, per boot, that never arrived."""
+        numbers: dict[str, set[int]] = defaultdict(set)
+        with self.lock:
+            for item in self.seen:
+                if item.document.get("device") == device and "seq" in item.document:
+                    numbers[item.document["boot"]].add(item.document["seq"])
+        return sum(max(found) + 1 - min(0, *found) - len(found) for found in numbers.values())
+
+    def stop(self) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
