@@ -40,7 +40,7 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "BYTES": np.dtype(object),  # each element a length (uint32) and that many bytes
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-_JSON_TYPES = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}, "O": {str}}  # by kind of the dtype
+_JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}, "O": {str}}  # by kind of the dtype
 _LENGTH = struct.Struct("<I")
 
 
