@@ -120,6 +120,7 @@ def compression_report(out: Path) -> dict[str, Any]:
 def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[[], None]]:
     """Start the processes; returns the chapters' context and what ends them."""
     from agent.engine import Engine
+
     from compressor.examples.wrist.task import TASK
     from compressor.task import Role
     from scripts.story.chapters import Context
@@ -180,10 +181,9 @@ def heading(console: Console, letter: str, title: str) -> None:
 
 def say(console: Console, timeline: Timeline) -> None:
     """Print what the last chapter added."""
-    told = getattr(timeline, "_told", 0)
-    for entry in timeline.entries[told:]:
+    for entry in timeline.entries[timeline.told :]:
         console.print(f"   {clock_text(entry.time_s)} {entry.mark} {entry.text}", style=entry.style)
-    timeline._told = len(timeline.entries)
+    timeline.told = len(timeline.entries)
 
 
 def finish(console: Console, out: Path, report: dict[str, Any]) -> int:

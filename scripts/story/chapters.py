@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from agent.engine import Engine
 from rich.console import Console
 
 from agent import clock
 from agent.client import Client
 from agent.contract.errors import EdgewardenError
-from agent.engine import Engine
 from compressor.task import Rows, Task
 from scripts.story.player import Player, accuracy, order_of
 from scripts.story.timeline import Timeline

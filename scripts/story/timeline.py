@@ -39,7 +39,7 @@ class Timeline:
     """Entries in data time (seconds since the first window)."""
 
     entries: list[Entry] = field(default_factory=list)
-    replies: list[Reply] = field(default_factory=list)
+    told: int = 0  # entries already printed when their chapter ended
 
     def add(self, time_s: float, mark: str, text: str, style: str = "") -> None:
         self.entries.append(Entry(time_s, mark, text, style))
