@@ -1,0 +1,186 @@
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.contract.errors import DiskFull
+from agent.outbox import HELD_MESSAGES, ROW_OVERHEAD_BYTES, Outbox, Priority
+from agent.store import Row, Store
+
+MAX_BYTES = 64 * 1024
+
+
+class FullDisk(Store):
+    """A store whose disk can be filled and freed."""
+
+    full = False
+
+    def add_row(self, row: Row, *, durable: bool = False) -> int:
+        self._refuse_when_full()
+        return super().add_row(row, durable=durable)
+
+    def delete_rows(self, ids: object) -> tuple[int, int]:
+        self._refuse_when_full()
+        return super().delete_rows(ids)  # type: ignore[arg-type]
+
+    def _refuse_when_full(self) -> None:
+        if self.full:
+            raise DiskFull("no room")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[FullDisk]:
+    store = FullDisk(tmp_path, outbox_bytes=MAX_BYTES)
+    yield store
+    store.close()
+
+
+def make(store: Store, *, boot: str = "b1", max_age_s: float = 100.0) -> Outbox:
+    return Outbox(store, boot=boot, max_bytes=MAX_BYTES, max_age_s=max_age_s)
+
+
+def put(outbox: Outbox, priority: Priority = Priority.TELEMETRY, *, size: int = 10, at: float = 0.0) -> int:
+    return outbox.put(priority, "topic", lambda seq: f"{seq}".encode().ljust(size), at=at)
+
+
+def take(outbox: Outbox, limit: int = 1000, *, now: float = 0.0, skip: frozenset[int] = frozenset()) -> list[Row]:
+    return outbox.take(limit, skip_ids=skip, skip_topics=(), now=now)
+
+
+def test_sequence_numbers_have_no_gaps_and_stand_in_the_payload(store: FullDisk) -> None:
+    outbox = make(store)
+    assert [put(outbox) for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert [int(row.body) for row in take(outbox)] == [1, 2, 3, 4, 5]
+
+
+def test_a_message_stays_until_it_is_settled(store: FullDisk) -> None:
+    outbox = make(store)
+    put(outbox)
+    (row,) = take(outbox)
+    assert take(outbox) == [row]
+    assert take(outbox, skip=frozenset({row.id})) == []
+    outbox.settle(row)
+    outbox.settle(row)  # a second PUBACK of a redelivery changes nothing
+    assert take(outbox) == []
+    assert outbox.statistics()["messages"] == 0
+    assert outbox.statistics()["bytes"] == 0
+
+
+def test_what_an_earlier_boot_left_is_sent_first_in_its_own_numbers(store: FullDisk) -> None:
+    put(make(store, boot="b1"))
+    outbox = make(store, boot="b2")
+    assert put(outbox) == 1
+    assert [(row.boot, row.seq) for row in take(outbox)] == [("b1", 1), ("b2", 1)]
+
+
+def test_alarms_overtake_telemetry_and_samples(store: FullDisk) -> None:
+    outbox = make(store)
+    for priority in (Priority.SAMPLE, Priority.TELEMETRY, Priority.ALARM):
+        put(outbox, priority)
+    assert [row.priority for row in take(outbox)] == ["A", "B", "C"]
+
+
+def test_the_oldest_of_the_least_important_class_makes_room(store: FullDisk) -> None:
+    outbox = make(store)
+    size = 8000
+    for priority in (Priority.ALARM, Priority.TELEMETRY, Priority.TELEMETRY, Priority.SAMPLE, Priority.SAMPLE):
+        put(outbox, priority, size=size)
+    while outbox.statistics()["dropped"] == 0:
+        put(outbox, Priority.ALARM, size=size)
+    assert outbox.statistics()["dropped_c"] == 1
+    kept = [row.seq for row in take(outbox) if row.priority == "C"]
+    assert kept == [5]
+    for _ in range(20):
+        put(outbox, Priority.ALARM, size=size)
+    assert {row.priority for row in take(outbox)} == {"A"}
+    assert outbox.statistics()["dropped_b"] == 2
+    put(outbox, Priority.SAMPLE, size=size)  # never at the cost of an alarm
+    assert {row.priority for row in take(outbox)} == {"A"}
+    assert outbox.statistics()["bytes"] <= MAX_BYTES
+
+
+def test_too_old_messages_are_dropped_and_counted(store: FullDisk) -> None:
+    outbox = make(store, max_age_s=100.0)
+    put(outbox, at=0.0)
+    put(outbox, at=90.0)
+    assert [row.seq for row in take(outbox, now=120.0)] == [2]
+    assert outbox.statistics()["expired"] == 1
+
+
+def test_on_a_full_disk_messages_wait_in_memory_and_reach_the_disk_later(store: FullDisk) -> None:
+    outbox = make(store)
+    put(outbox)
+    store.full = True
+    put(outbox, Priority.ALARM)
+    assert outbox.statistics()["held"] == 1
+    alarm, telemetry = take(outbox)
+    assert (alarm.priority, telemetry.priority) == ("A", "B")
+    outbox.settle(telemetry)  # cannot be deleted now: must not be sent again
+    assert take(outbox) == [alarm]
+    assert outbox.statistics()["messages"] == 1
+    store.full = False
+    (stored,) = take(outbox)
+    assert stored.seq == alarm.seq
+    assert outbox.statistics()["held"] == 0
+    assert [row.seq for row in store.rows(10)] == [2]
+
+
+def test_a_message_on_its_way_is_not_stored_a_second_time(store: FullDisk) -> None:
+    outbox = make(store)
+    store.full = True
+    put(outbox)
+    (held,) = take(outbox)
+    store.full = False
+    assert take(outbox, skip=frozenset({held.id})) == []
+    outbox.settle(held)
+    assert take(outbox) == []
+    assert store.outbox_totals()[0] == 0
+
+
+def test_memory_is_bounded_and_keeps_the_most_important(store: FullDisk) -> None:
+    outbox = make(store)
+    store.full = True
+    put(outbox, Priority.ALARM)
+    for _ in range(HELD_MESSAGES + 50):
+        put(outbox)
+    assert outbox.statistics()["held"] == HELD_MESSAGES
+    assert outbox.statistics()["dropped_b"] == 51
+    assert take(outbox)[0].priority == "A"
+
+
+@given(
+    moves=st.lists(
+        st.tuples(
+            st.sampled_from(["put", "settle", "refuse", "restart"]),
+            st.sampled_from(list(Priority)),
+            st.integers(1, 9000),
+        ),
+        max_size=60,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_every_message_is_waiting_or_accounted_for(
+    tmp_path_factory: pytest.TempPathFactory, moves: list[tuple[str, Priority, int]]
+) -> None:
+    store = Store(tmp_path_factory.mktemp("outbox"), outbox_bytes=MAX_BYTES)
+    outbox, accounted, boots = make(store), 0, 0
+    for move, priority, size in moves:
+        if move == "put":
+            put(outbox, priority, size=size)
+        elif move == "restart":
+            totals = outbox.statistics()
+            accounted += int(totals["put"] - totals["settled"] - totals["refused"] - totals["dropped"])
+            boots += 1
+            before = outbox.statistics()["messages"]
+            outbox = make(store, boot=f"b{boots}")
+            assert outbox.statistics()["messages"] == before
+        elif waiting := take(outbox, 1):
+            (outbox.settle if move == "settle" else outbox.refuse)(waiting[0])
+    totals = outbox.statistics()
+    assert totals["messages"] == accounted + totals["put"] - totals["settled"] - totals["refused"] - totals["dropped"]
+    assert totals["messages"] == len(take(outbox))
+    assert totals["bytes"] == sum(row.size_bytes for row in take(outbox)) <= MAX_BYTES
+    assert ROW_OVERHEAD_BYTES > 0
+    store.close()
