@@ -1,0 +1,58 @@
+"""What can go wrong on the host, beyond the errors it shares with the device.
+
+    EdgewardenError
+    |- ConfigError
+    |  `- RecipeError      the recipe or the task module it names cannot be used; carries file and line
+    |- DataError           the data a task needs is missing or is not what the task was written for
+    |- StageFailed         a step of the pipeline could not finish
+    `- GateFailed          nothing that was built may ship; carries gate, measured and limit
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from agent.contract.errors import ConfigError, EdgewardenError
+
+
+class RecipeError(ConfigError):
+    """`line` counts from 1; 0 when no single line is to blame."""
+
+    code = "recipe"
+
+    def __init__(self, message: str, *, path: Path | None = None, line: int = 0, hint: str = "") -> None:
+        place = "" if path is None else f"{path}:{line}: " if line else f"{path}: "
+        super().__init__(place + message, hint=hint)
+        self.path = path
+        self.line = line
+
+
+class DataError(EdgewardenError):
+    code = "data"
+    exit_code = 9
+
+
+class StageFailed(EdgewardenError):
+    """`stage` and `subject` say what was being done to what."""
+
+    code = "stage_failed"
+    exit_code = 10
+
+    def __init__(self, stage: str, subject: str, reason: str, *, hint: str = "") -> None:
+        super().__init__(f"stage '{stage}' failed on '{subject}': {reason}", hint=hint)
+        self.stage = stage
+        self.subject = subject
+
+
+class GateFailed(EdgewardenError):
+    """`measured` and `limit` are in the gate's own unit."""
+
+    code = "gate_failed"
+    exit_code = 11
+
+    def __init__(self, gate: str, measured: float, limit: float, *, subject: str, hint: str = "") -> None:
+        super().__init__(f"gate '{gate}' refused {subject}: measured {measured:g}, limit {limit:g}", hint=hint)
+        self.gate = gate
+        self.measured = measured
+        self.limit = limit
+        self.subject = subject

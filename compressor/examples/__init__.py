@@ -1,0 +1,1 @@
+"""Example tasks, shaped as a user's own would be."""

@@ -1,0 +1,1 @@
+"""Wrist exercises from a smart watch: the demo task."""

@@ -1,0 +1,137 @@
+"""From a network to self-contained ONNX bytes: preprocessing and the monitor's view inside, no trace of the host.
+
+The same network gives the same bytes in any folder: what the exporter writes about the machine (stack traces
+with absolute paths, doc strings, shapes of intermediate values) is removed.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Sequence
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from compressor.views import ChannelFeatures
+
+OPSET = 20
+VIEW_OUTPUT = "ew_view_channels"
+PROBABILITY = "probability"
+MAX_ROWS = 4096
+
+
+class Served(nn.Module):
+    """What the device runs: raw window (rows, length, channels) -> class probabilities, channel features.
+
+    `reads`: positions of the channels the network looks at; the view always covers all of them.
+    """
+
+    mean: Tensor
+    sd: Tensor
+
+    def __init__(self, network: nn.Module, *, reads: Sequence[int], mean: Tensor, sd: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.reads = list(reads)
+        self.features = ChannelFeatures()
+        self.register_buffer("mean", mean[self.reads].view(1, -1, 1))
+        self.register_buffer("sd", sd[self.reads].view(1, -1, 1))
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """(rows, channels, length) raw -> (rows, channels read, length) with mean 0 and sd 1 on training rows."""
+        first, last = self.reads[0], self.reads[-1]
+        if self.reads == list(range(first, last + 1)):
+            chosen = x[:, first : last + 1]  # a slice is cheaper than a gather
+        else:
+            chosen = x[:, self.reads]
+        return (chosen - self.mean) / self.sd
+
+    def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
+        x = window.transpose(1, 2)
+        logits = self.network(self.normalise(x))
+        return torch.softmax(logits, 1), self.features(x)
+
+
+def export(served: Served, *, input_name: str, shape: tuple[int, int]) -> bytes:
+    """ONNX of a network; `shape` is (length, channels) of one row."""
+    example = torch.zeros(2, *shape)
+    example[:, ::2] = 1.0  # any values do; constant ones could be folded
+    model = _dynamo(served.eval(), example, input_name)
+    return strip(model)
+
+
+def _dynamo(served: Served, example: Tensor, input_name: str) -> onnx.ModelProto:
+    # the exporter warns about optional packages and its own future; none of it concerns the result
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            served,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=[PROBABILITY, VIEW_OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("rows", min=1, max=MAX_ROWS)},),
+            external_data=False,
+            verbose=False,
+        )
+    if program is None:
+        raise RuntimeError("the exporter returned nothing")
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def legacy(served: Served, *, input_name: str, shape: tuple[int, int]) -> bytes:
+    """The older exporter: for float networks the newer one cannot handle. It knows no lowered 8 bit networks."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            served.eval(),
+            (torch.zeros(2, *shape),),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=[input_name],
+            output_names=[PROBABILITY, VIEW_OUTPUT],
+            dynamic_axes={name: {0: "rows"} for name in (input_name, PROBABILITY, VIEW_OUTPUT)},
+        )
+    return strip(onnx.load_from_string(buffer.getvalue()))
+
+
+def strip(model: onnx.ModelProto) -> bytes:
+    """Deterministic bytes without paths, stack traces, doc strings and intermediate shapes; names made short."""
+    graph = model.graph
+    _shorten(graph)
+    del graph.value_info[:]
+    del graph.metadata_props[:]
+    del model.metadata_props[:]
+    graph.doc_string = model.doc_string = ""
+    graph.name = "edgewarden"
+    for part in (*graph.node, *graph.initializer, *graph.input, *graph.output, *model.functions):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    onnx.checker.check_model(model)
+    return model.SerializeToString(deterministic=True)
+
+
+def _shorten(graph: onnx.GraphProto) -> None:
+    """Number internal values: exporter names are a large part of a small file, and may change between versions."""
+    kept = {value.name for value in (*graph.input, *graph.output)}
+    names: dict[str, str] = {"": ""}
+
+    def short(name: str) -> str:
+        if name not in kept and name not in names:
+            names[name] = f"v{len(names) - 1}"
+        return names.get(name, name)
+
+    for tensor in graph.initializer:
+        tensor.name = short(tensor.name)
+    for index, node in enumerate(graph.node):
+        node.name = f"n{index}"
+        node.input[:] = [short(name) for name in node.input]
+        node.output[:] = [short(name) for name in node.output]
