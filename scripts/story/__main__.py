@@ -31,8 +31,8 @@ DEVICE_CLASS = "gateway"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/quickstart",
-        description="Compress a model, serve it, break a sensor, fall back, recover: on real data with real processes.",
-        epilog="Exit codes: 0 the story held, 1 something in it did not (the last lines say what), 2 wrong usage or set-up.",
+        description="Compress a model, serve it, break a sensor, fall back, recover: real data, real processes.",
+        epilog="Exit codes: 0 the story held; 1 something in it did not, the last lines say what; 2 usage or set-up.",
     )
     parser.add_argument("--new-wearers", default="1,2,3", help="three wearers the model never sees (default: 1,2,3)")
     parser.add_argument("--out", type=Path, default=ROOT / "build/quickstart", help="where everything is written")
@@ -46,9 +46,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)
     started = clock.monotonic_s()
-    console.print(
-        f"[bold]Edgewarden {VERSION}[/]: the story so far, in about five minutes. Everything is written to {shown(out)}"
-    )
+    console.print(f"[bold]Edgewarden {VERSION}[/]: the story so far, in about five minutes, written to {shown(out)}")
     try:
         report = tell(console, out, options.new_wearers, started)
     except (EdgewardenError, RuntimeError, OSError) as error:
@@ -68,9 +66,13 @@ def tell(console: Console, out: Path, new_wearers: str, started: float) -> dict[
     report: dict[str, Any] = compression_report(out)
     context, close = stage(console, out, new_wearers)
     try:
+        quick, slower = (
+            f"{chapters.QUIET_FACTOR:.0f} times life speed",
+            f"{chapters.FAULT_FACTOR:.0f} times life speed",
+        )
         for letter, title, chapter in (
-            ("b", f"quiet: held-out recordings of enrolled wearers, {chapters.QUIET_FACTOR:.0f} times faster than life", chapters.quiet),
-            ("c", f"a sensor dies and heals, {chapters.FAULT_FACTOR:.0f} times faster than life", chapters.sensor_dies),
+            ("b", f"quiet: held-out recordings of enrolled wearers, at {quick}", chapters.quiet),
+            ("c", f"a sensor dies and heals, at {slower}", chapters.sensor_dies),
             ("d", "an engine fails", chapters.engine_fails),
             ("e", "the worker is killed under load", chapters.worker_killed),
             ("f", "the broker goes away", chapters.broker_away),
@@ -205,7 +207,8 @@ def finish(console: Console, out: Path, report: dict[str, Any]) -> int:
         console.print(f"   {'[green]✓[/]' if kept else '[red]✗[/]'} {promise}")
     seconds = report["seconds"]
     console.print(
-        f"\nDone in {seconds['total']:.0f} s (set-up {seconds['setup']:.0f}, compress {seconds['compress']:.0f}, story {seconds['story']:.0f})."
+        f"\nDone in {seconds['total']:.0f} s: set-up {seconds['setup']:.0f}, compress {seconds['compress']:.0f}, "
+        f"story {seconds['story']:.0f}."
         f"\nRead next:  {shown(out)}/report.json   {shown(out)}/story.png   {shown(out)}/artifacts/report.html"
         "\nType next:  . .venv/bin/activate"
         f"\n            edgewarden-compressor artifact show {shown(out)}/artifacts/gateway/wrist"

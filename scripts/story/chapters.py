@@ -50,10 +50,9 @@ def _settled(status: dict[str, Any]) -> bool:
 
 
 def _alarms(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        event for event in events
-        if event["kind"] in ("drift", "sensor", "fallback") and event["severity"] != "info" and event["service"] == SERVICE
-    ]  # fmt: skip
+    kinds = ("drift", "sensor", "fallback")
+    ours = [event for event in events if event["service"] == SERVICE and event["kind"] in kinds]
+    return [event for event in ours if event["severity"] != "info"]
 
 
 def quiet(context: Context) -> None:
@@ -80,7 +79,8 @@ def quiet(context: Context) -> None:
     }
     context.timeline.add(
         replies[-1].time_s, "○",
-        f"{len(replies)} windows of enrolled wearers in {ORDERS} orders: {len(alarms)} alarms, accuracy {accuracy(replies):.3f}",
+        f"{len(replies)} windows of enrolled wearers in {ORDERS} orders: {len(alarms)} alarms, "
+        f"accuracy {accuracy(replies):.3f}",
     )  # fmt: skip
 
 
@@ -176,8 +176,8 @@ def worker_killed(context: Context, *, clients: int = 4, seconds: float = 5.0) -
     stop = threading.Event()
     rows = order_of(context.stream, 3)
     threads = [
-        threading.Thread(target=_ask_on, args=(context, context.stream.windows[rows[n::clients]], counts[n], stop), name=f"client-{n}")
-        for n in range(clients)
+        threading.Thread(target=_ask_on, args=(context, context.stream.windows[rows[n::clients]], count, stop))
+        for n, count in enumerate(counts)
     ]  # fmt: skip
     for thread in threads:
         thread.start()
