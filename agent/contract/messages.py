@@ -1,7 +1,7 @@
 """What travels over MQTT, as pydantic models. Unknown fields are kept: an older reader loses nothing.
 
-Every upward message carries `v` (message format), `device`, `boot` (id of this agent start), `seq` (per boot,
-without gaps over all queued topics) and `at` (wall time, seconds since 1970). Shares are 0..1.
+Every upward message carries `v` (message format), `device`, `boot` (id of this agent start), `seq` (per boot, from
+1 on, without gaps over all queued topics) and `at` (wall time, seconds since 1970). Shares are 0..1.
 """
 
 from __future__ import annotations

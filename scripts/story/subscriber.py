@@ -80,13 +80,13 @@ class Subscriber:
         return None
 
     def missing(self, device: str) -> int:
-        """Sequence numbers of `device` between 0 and the highest seen, per boot, that never arrived."""
+        """Sequence numbers of `device` from 1 to the highest seen, per boot, that never arrived."""
         numbers: dict[str, set[int]] = defaultdict(set)
         with self.lock:
             for item in self.seen:
                 if item.document.get("device") == device and "seq" in item.document:
                     numbers[item.document["boot"]].add(item.document["seq"])
-        return sum(max(found) + 1 - min(0, *found) - len(found) for found in numbers.values())
+        return sum(max(found) - len(found) for found in numbers.values())
 
     def stop(self) -> None:
         self.client.disconnect()

@@ -50,8 +50,8 @@ def test_the_table_is_in_order_of_time():
 
 def test_the_subscriber_counts_missing_numbers_per_boot_and_repeats_once():
     subscriber = Subscriber(0, "", "", "")
-    for boot, seq in (("a", 0), ("a", 1), ("a", 1), ("a", 3), ("b", 2)):
+    for boot, seq in (("a", 1), ("a", 2), ("a", 2), ("a", 4), ("b", 3)):
         subscriber.seen.append(Seen("x/tm", {"device": "d", "boot": boot, "seq": seq}, retained=False))
     subscriber.seen.append(Seen("x/status", {"device": "d", "boot": "a"}, retained=True))
-    assert subscriber.missing("d") == 1 + 2  # a: 2;  b: 0 and 1
+    assert subscriber.missing("d") == 1 + 2  # a: 3;  b: 1 and 2
     assert subscriber.missing("other") == 0
