@@ -1,0 +1,20 @@
+"""What a drift part says when something begins or ends: one value, edges only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """An edge: `raised` begins (or extends) a condition, otherwise it ends.
+
+    `kind` is one of the alarm kinds of the decisions, as plain text: dead, stuck, scale, not_finite, range,
+    drift. `channels`: the most suspicious first. `numbers` are the evidence; `text` reads without them.
+    """
+
+    kind: str
+    raised: bool
+    channels: tuple[str, ...] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+    text: str = ""

@@ -1,0 +1,254 @@
+"""The nearest-regime monitor: has the stream left every regime the reference knows?
+
+For streams that live in one regime at a time (an exercise, a machine state, a scene). Such a stream is never
+stationary, so no test on marginal features keeps quiet; but each regime is a tight cloud of its own. A row is
+scored by its distance to the NEAREST reference recording, under the covariance pooled within recordings:
+once over all features (catches changed relations, such as swapped axes) and once per channel (catches one
+channel dying, and a channel's share of everything else).
+
+Each score runs in a CUSUM, S <- max(0, S + score - allowance): with the allowance at the 90 % quantile of the
+replayed reference a known regime makes S fall on average, anything farther away makes it climb. The threshold
+is a multiple of the largest S of a replay of the reference (see compressor/reference.py). It is no theorem:
+the rate of false alarms is what the reference's claim says was measured.
+
+Which channel is to blame is asked of another distance, to the mean of the PREDICTED class: under a fault the
+nearest recording changes and takes the blame with it, the predicted class mostly does not.
+
+Knows nothing of time or of what is done about a finding.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.drift.findings import Finding
+from agent.drift.reference import Reference
+
+NAMING_ROWS: Final = 8  # rows over which suspicion is averaged
+REARM_SHARE: Final = 0.5  # of the threshold: below it the stream counts as back
+REARM_ROWS: Final = 16  # that many rows in a row below it end a finding
+NAMED_SHARE: Final = 0.25  # of the strongest suspicion: channels above it are named too
+
+Floats = NDArray[np.float64]
+
+
+class RegimeDistance:
+    """Scores of rows against known regimes. Stateless; also used by the replay that calibrates the monitor."""
+
+    def __init__(
+        self, means: NDArray[Any], covariance: NDArray[Any], channel_of: NDArray[Any], *, cap: float
+    ) -> None:
+        """means: (regimes, features); covariance: (features, features), pooled within regimes; channel_of:
+        (features,) channel numbers from 0; cap: the largest score one row can get.
+        """
+        self._means = np.asarray(means, dtype=np.float64)
+        self._whitening = whitening(covariance)
+        self._whitened_means = self._means @ self._whitening.T
+        self._blocks = block_whitening(covariance, channel_of)
+        self._share = channel_share(channel_of)
+        self._cap = cap
+
+    def scores(self, rows: NDArray[Any]) -> Floats:
+        """rows: (rows, features). Returns (rows, 1 + channels): total first, root mean squares of whitened
+        distances, so that 1 is an ordinary row of a known regime whatever the number of features.
+        """
+        whitened = rows @ self._whitening.T
+        squares = ((whitened[:, None, :] - self._whitened_means[None, :, :]) ** 2).sum(axis=2)
+        nearest = squares.argmin(axis=1)
+        total = squares[np.arange(len(nearest)), nearest] / rows.shape[1]
+        residual = (rows - self._means[nearest]) @ self._blocks.T
+        per_channel = (residual * residual) @ self._share
+        scores: Floats = np.minimum(np.sqrt(np.column_stack([total, per_channel])), self._cap)
+        return scores
+
+
+class ClassResidual:
+    """Per channel: mean squared whitened distance to the mean of the predicted class."""
+
+    def __init__(self, class_means: NDArray[Any], covariance: NDArray[Any], channel_of: NDArray[Any]) -> None:
+        self._means = np.asarray(class_means, dtype=np.float64)
+        self._blocks = block_whitening(covariance, channel_of)
+        self._share = channel_share(channel_of)
+
+    def squares(self, rows: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+        """rows: (rows, features); predicted: (rows,), a row without a valid class gets the nearest one.
+        Returns (rows, channels).
+        """
+        valid = (predicted >= 0) & (predicted < len(self._means))
+        chosen = self._per_channel(rows, self._means[np.where(valid, predicted, 0)])
+        if valid.all():
+            return chosen
+        every = np.stack([self._per_channel(rows, mean[None, :]) for mean in self._means])
+        nearest = every[every.sum(axis=2).argmin(axis=0), np.arange(len(rows))]
+        result: Floats = np.where(valid[:, None], chosen, nearest)
+        return result
+
+    def _per_channel(self, rows: NDArray[Any], means: NDArray[Any]) -> Floats:
+        residual = (rows - means) @ self._blocks.T
+        squares: Floats = (residual * residual) @ self._share
+        return squares
+
+
+class RegimeMonitor:
+    """Follows one stream. Owned by one thread; `state` and `restore` carry it over a restart."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+        self._digest = reference.digest()
+        self._distance = RegimeDistance(
+            reference.regime_means, reference.covariance, reference.channel_of, cap=reference.score_cap
+        )
+        self._residual = ClassResidual(reference.class_means, reference.class_covariance, reference.channel_of)
+        self._components = ("total", *reference.channels)
+        self._alarms = 0
+        self._skipped = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Start anew, as after a switch or a repair; what was raised is forgotten without a finding."""
+        self._cusum = np.zeros(len(self._components))
+        self._climbing = np.zeros(len(self._components), dtype=np.int64)  # rows since that CUSUM was last 0
+        self._recent = np.zeros((0, len(self._reference.channels)))
+        self._raised: tuple[str, ...] = ()
+        self._quiet = 0
+        self._rows = 0
+
+    def update(self, features: NDArray[Any], predicted: int) -> Finding | None:
+        """One row. features: (features,) in the reference's order; predicted: class number, -1 = unknown.
+
+        Returns a finding when drift begins or ends. A row that is not finite is counted and skipped: broken
+        numbers are the guard's to judge.
+        """
+        row = np.asarray(features, dtype=np.float64).reshape(1, -1)
+        if not np.isfinite(row).all():
+            self._skipped += 1
+            return None
+        self._rows += 1
+        self._climb(self._distance.scores(row)[0])
+        squares = self._residual.squares(row, np.array([predicted]))
+        self._recent = np.concatenate([self._recent, squares])[-NAMING_ROWS:]
+        return self._judge()
+
+    @property
+    def raised(self) -> bool:
+        return bool(self._raised)
+
+    def evidence(self) -> float:
+        """Largest CUSUM as a share of the threshold; 1 raises."""
+        return float(self._cusum.max() / self._reference.threshold)
+
+    def suspicion(self) -> dict[str, float]:
+        """Channel -> how far it is from the predicted class, mean of the last rows; 1 is the reference's 90 %
+        quantile. Most suspicious first; empty before the first row.
+        """
+        if not len(self._recent):
+            return {}
+        ratio = self._recent.mean(axis=0) / self._reference.naming_scale
+        order = np.argsort(-ratio, kind="stable")
+        return {self._reference.channels[index]: float(ratio[index]) for index in order}
+
+    def statistics(self) -> dict[str, float]:
+        """rows, skipped, alarms, raised (0 or 1), evidence, and each component's share of the threshold."""
+        shares = {
+            f"evidence:{name}": float(value / self._reference.threshold)
+            for name, value in zip(self._components, self._cusum, strict=True)
+        }
+        return {
+            "rows": float(self._rows),
+            "skipped": float(self._skipped),
+            "alarms": float(self._alarms),
+            "raised": float(self.raised),
+            "evidence": self.evidence(),
+            **shares,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a restart needs, as JSON."""
+        return {
+            "reference": self._digest,
+            "cusum": self._cusum.tolist(),
+            "climbing": self._climbing.tolist(),
+            "recent": self._recent.tolist(),
+            "raised": list(self._raised),
+            "quiet": self._quiet,
+            "rows": self._rows,
+            "skipped": self._skipped,
+            "alarms": self._alarms,
+        }
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Continue where `state` was taken; False (and unchanged) when it belongs to another reference."""
+        if state.get("reference") != self._digest:
+            return False
+        self._cusum = np.array(state["cusum"], dtype=np.float64)
+        self._climbing = np.array(state["climbing"], dtype=np.int64)
+        self._recent = np.array(state["recent"], dtype=np.float64).reshape(-1, len(self._reference.channels))
+        self._raised = tuple(state["raised"])
+        self._quiet, self._rows = int(state["quiet"]), int(state["rows"])
+        self._skipped, self._alarms = int(state["skipped"]), int(state["alarms"])
+        return True
+
+    def _climb(self, scores: Floats) -> None:
+        # held at the threshold: how long a fault lasted must not decide how long its end takes to be seen
+        climbed = np.maximum(0.0, self._cusum + scores - self._reference.allowance)
+        self._cusum = np.minimum(climbed, self._reference.threshold)
+        self._climbing = np.where(self._cusum > 0, self._climbing + 1, 0)
+
+    def _judge(self) -> Finding | None:
+        evidence = self.evidence()
+        if not self._raised:
+            return self._raise() if evidence >= 1.0 else None
+        self._quiet = self._quiet + 1 if evidence < REARM_SHARE else 0
+        return self._clear() if self._quiet >= REARM_ROWS else None
+
+    def _raise(self) -> Finding:
+        suspicion = self.suspicion()
+        strongest = next(iter(suspicion.values()))
+        self._raised = tuple(
+            name
+            for position, (name, ratio) in enumerate(suspicion.items())
+            if position == 0 or ratio >= max(1.0, NAMED_SHARE * strongest)
+        )
+        self._quiet = 0
+        self._alarms += 1
+        since = int(self._climbing[self._cusum.argmax()])
+        return Finding(
+            kind="drift",
+            raised=True,
+            channels=self._raised,
+            numbers={"rows_since_change": float(since), "evidence": self.evidence()}
+            | {f"suspicion:{name}": ratio for name, ratio in suspicion.items()},
+            text=f"the input left every known regime about {since} rows ago, most of all in {self._raised[0]}",
+        )
+
+    def _clear(self) -> Finding:
+        channels, self._raised, self._quiet = self._raised, (), 0
+        return Finding(
+            kind="drift",
+            raised=False,
+            channels=channels,
+            numbers={"evidence": self.evidence()},
+            text=f"the input has been in known regimes for {REARM_ROWS} rows",
+        )
+
+
+def whitening(covariance: NDArray[Any]) -> Floats:
+    """W with W covariance W^T = 1: the inverse of the Cholesky factor. Raises: numpy.linalg.LinAlgError."""
+    inverse: Floats = np.linalg.inv(np.linalg.cholesky(np.asarray(covariance, dtype=np.float64)))
+    return inverse
+
+
+def block_whitening(covariance: NDArray[Any], channel_of: NDArray[Any]) -> Floats:
+    """Each channel whitened on its own, relations between channels ignored; (features, features)."""
+    same_channel = channel_of[:, None] == channel_of[None, :]
+    return whitening(np.where(same_channel, covariance, 0.0))
+
+
+def channel_share(channel_of: NDArray[Any]) -> Floats:
+    """(features, channels): multiplying squares by it gives each channel's mean square."""
+    member = np.eye(int(channel_of.max()) + 1)[channel_of]
+    share: Floats = (member / member.sum(axis=0)).astype(np.float64)
+    return share
