@@ -1,0 +1,32 @@
+"""Documentation that fails the build: generated pages are current, commands in the README exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from scripts.render_docs import REFERENCE, pages
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.parametrize("name", sorted(pages()))
+def test_a_generated_page_is_what_the_code_says(name):
+    assert (REFERENCE / name).read_text() == pages()[name], "run scripts/render-docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_script_and_link_a_page_names_exists(page):
+    text = page.read_text()
+    for script in re.findall(r"(?<![\w/])scripts/[\w-]+", text):
+        assert (ROOT / script).exists(), script
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+def test_every_configuration_key_has_a_meaning():
+    assert "None |" not in pages()["agent-config.md"]
