@@ -108,7 +108,23 @@ class Unpinned:
     service: str
 
 
-Event = AlarmRaised | AlarmCleared | EngineFailed | EngineServed | WorkerReady | WorkerLost | Tick | Pinned | Unpinned
+@dataclass(frozen=True, slots=True)
+class AgentStarted:
+    """A new agent process took over the saved state: nobody serves yet, no alarm is known."""
+
+
+Event = (
+    AlarmRaised
+    | AlarmCleared
+    | EngineFailed
+    | EngineServed
+    | WorkerReady
+    | WorkerLost
+    | Tick
+    | Pinned
+    | Unpinned
+    | AgentStarted
+)
 
 
 # --- commands ----------------------------------------------------------------------------------------------
@@ -161,7 +177,8 @@ Command = Activate | RestartWindows | Publish | StartWorker | Persist
 _EVENTS = {
     kind.__name__: kind
     for kind in (
-        AlarmRaised, AlarmCleared, EngineFailed, EngineServed, WorkerReady, WorkerLost, Tick, Pinned, Unpinned
+        AlarmRaised, AlarmCleared, EngineFailed, EngineServed, WorkerReady, WorkerLost, Tick, Pinned, Unpinned,
+        AgentStarted,
     )
 }  # fmt: skip
 
