@@ -35,7 +35,7 @@ def listen_unix(path: Path, *, mode: int) -> socket.socket:
         raise ConfigError(
             f"cannot listen on the Unix socket {path}: {error.strerror}", hint="Check the folder and its rights."
         ) from None
-    listener.setblocking(False)
+    listener.settimeout(0.0)
     return listener
 
 
@@ -59,7 +59,7 @@ def listen_tcp(address: str) -> socket.socket:
         raise ConfigError(
             f"cannot listen on {address}: {reason}", hint="Choose a free port in serving.tcp, or stop that process."
         ) from None
-    listener.setblocking(False)
+    listener.settimeout(0.0)
     return listener
 
 

@@ -94,7 +94,7 @@ def read_environment(environment: Mapping[str, str], *, process_id: int) -> Mana
 
 def _adopt(index: int, names: list[str]) -> tuple[str, socket.socket]:
     adopted = socket.socket(fileno=FIRST_DESCRIPTOR + index)
-    adopted.setblocking(False)
+    adopted.settimeout(0.0)
     adopted.set_inheritable(False)
     return names[index] if index < len(names) else "", adopted
 

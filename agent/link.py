@@ -1,0 +1,216 @@
+"""Keeps the device connected to its broker: presence, retained documents, and the outbox on its way.
+
+Promises: a message counts as delivered only when its PUBACK says success; at most a window of them is on its way;
+one that no broker takes (too large, malformed) is dropped and counted; a topic the broker forbids is set aside
+for a while, and said so; a session that stops answering is replaced. Reconnects for ever, with growing, jittered
+pauses. A broker that is down never holds up anything else.
+Leaves to others: what is sent (`agent.outbox`), its meaning (`agent.contract.messages`), the wire (`agent.session`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections import Counter
+from typing import Any
+
+from agent.clock import monotonic_s, wall_s
+from agent.contract.errors import LinkError
+from agent.journal import Journal
+from agent.outbox import Outbox
+from agent.session import Broker, Flight, Refused, Session, Will
+from agent.store import Row
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.5, 60.0, 15.0
+DENIED_TOPIC_S = 60.0
+BUSY_BROKER_S = 5.0
+
+NOT_AUTHORIZED = 0x87
+PACKET_TOO_LARGE = 0x95
+NEVER_TAKEN = frozenset({0x90, PACKET_TOO_LARGE, 0x99})  # topic name invalid, ..., payload format invalid
+
+
+class Link:
+    """Keeps a session open, announces retained documents and drains the outbox through it."""
+
+    def __init__(
+        self, broker: Broker, outbox: Outbox, journal: Journal, *, will: Will, jitter: random.Random | None = None
+    ) -> None:
+        self._broker = broker
+        self._outbox = outbox
+        self._journal = journal
+        self._will = will
+        self._jitter = jitter or random.Random()  # noqa: S311 - spreads reconnects, hides nothing
+        self._session: Session | None = None
+        self._stopping = asyncio.Event()
+        self._documents: dict[str, bytes] = {}
+        self._unannounced: dict[str, bytes] = {}
+        self._denied: dict[str, float] = {}  # topic -> monotonic time of the next try
+        self._busy_until_s = 0.0
+        self._state, self._since, self._error = "connecting", wall_s(), ""
+        self._counters = dict.fromkeys(("connects", "losses", "published", "too_large", "stuck"), 0)
+        self._refusals: Counter[str] = Counter()
+
+    async def run(self) -> None:
+        """Stay connected until `stop`. Never raises for what the network does."""
+        pause_s = FIRST_PAUSE_S
+        while not self._stopping.is_set():
+            least_s = 0.0
+            try:
+                connected_s = await self._one_session()
+                pause_s = FIRST_PAUSE_S if connected_s > LONGEST_PAUSE_S or connected_s > 4 * pause_s else pause_s
+            except LinkError as error:
+                least_s = REFUSED_PAUSE_S if isinstance(error, Refused) else 0.0
+                self._note_failure(error)
+            await self._pause(max(least_s, pause_s) * self._jitter.uniform(0.5, 1.0))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+
+    async def stop(self, *, within_s: float = 2.0) -> None:
+        """Send what can still be sent, say goodbye and end `run`."""
+        session = self._session
+        if session is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(within_s):
+                    while not session.closed.is_set() and self._has_work(session):
+                        self.pump()
+                        await asyncio.sleep(0.02)
+            session.leave()
+        self._stopping.set()
+
+    def announce(self, topic: str, body: bytes) -> None:
+        """Keep `body` as the retained document of `topic`, now and after every reconnect."""
+        if self._documents.get(topic) != body:
+            self._documents[topic] = self._unannounced[topic] = body
+            self.pump()
+
+    def pump(self) -> None:
+        """Send what waits, as far as the window allows. Cheap; call it after every `Outbox.put`."""
+        session = self._session
+        if session is None or session.closed.is_set():
+            return
+        now_s = monotonic_s()
+        self._denied = {topic: until_s for topic, until_s in self._denied.items() if until_s > now_s}
+        self._send_documents(session)
+        room = session.window - len(session.flights)
+        if room <= 0 or now_s < self._busy_until_s:
+            return
+        on_their_way = {flight.row.id for flight in session.flights.values() if flight.row is not None}
+        for row in self._outbox.take(room, skip_ids=on_their_way, skip_topics=self._denied, now=wall_s()):
+            self._send_row(session, row)
+
+    def statistics(self) -> dict[str, Any]:
+        """state: connecting | connected | waiting | refused | stopped; with reasons and counts."""
+        flights = len(self._session.flights) if self._session is not None else 0
+        return {
+            "state": self._state,
+            "since": self._since,
+            "broker": f"{self._broker.host}:{self._broker.port}",
+            "tls": self._broker.tls is not None,
+            "error": self._error,
+            "in_flight": flights,
+            "denied_topics": sorted(self._denied),
+            "refusals": dict(self._refusals),
+            **self._counters,
+        }
+
+    # --- inside ---------------------------------------------------------------------------------------------
+    async def _one_session(self) -> float:
+        """Connect, serve until the end; returns how long it lasted, seconds. Raises: LinkError."""
+        session = Session(self._broker, self._will, on_taken=self._taken)
+        await session.open()
+        started_s = monotonic_s()
+        self._session = session
+        self._counters["connects"] += 1
+        self._enter("connected", "")
+        self._journal.notice(
+            "link.connected", "connected to the broker", broker=f"{self._broker.host}:{self._broker.port}"
+        )
+        self._unannounced = dict(self._documents)
+        try:
+            while not session.closed.is_set():
+                session.tend()
+                self.pump()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(session.closed.wait(), 1.0)
+        finally:
+            session.close("stopped")
+            self._session = None
+        self._note_end(session)
+        return monotonic_s() - started_s
+
+    def _send_documents(self, session: Session) -> None:
+        for topic, body in list(self._unannounced.items()):
+            if topic in self._denied or len(session.flights) >= session.window:
+                continue
+            del self._unannounced[topic]
+            if session.fits(topic, body):
+                session.publish(topic, body, row=None, retain=True)
+            else:
+                self._drop_too_large(topic, body)
+
+    def _send_row(self, session: Session, row: Row) -> None:
+        if session.fits(row.topic, row.body):
+            left_s = int(self._outbox.max_age_s - (wall_s() - row.at))
+            session.publish(row.topic, row.body, row=row, retain=False, expiry_s=min(max(left_s, 1), 0xFFFFFFFF))
+        else:
+            self._outbox.refuse(row)
+            self._drop_too_large(row.topic, row.body)
+
+    def _drop_too_large(self, topic: str, body: bytes) -> None:
+        self._counters["too_large"] += 1
+        self._journal.warning(
+            "link.too_large", "the broker takes no packet this large: dropped", topic=topic, size_bytes=len(body)
+        )
+
+    def _taken(self, flight: Flight, reason: int) -> None:
+        """A PUBACK came."""
+        if reason < 0x80:
+            self._counters["published"] += 1
+            if flight.row is not None:
+                self._outbox.settle(flight.row)
+        else:
+            self._not_taken(flight, reason)
+        asyncio.get_running_loop().call_soon(self.pump)  # not from inside the session's callback
+
+    def _not_taken(self, flight: Flight, reason: int) -> None:
+        self._refusals[f"0x{reason:02x}"] += 1
+        if reason in NEVER_TAKEN:
+            if flight.row is not None:
+                self._outbox.refuse(flight.row)
+            self._counters["too_large"] += reason == PACKET_TOO_LARGE
+            return
+        if flight.row is None and self._documents.get(flight.topic) == flight.body:
+            self._unannounced[flight.topic] = flight.body
+        if reason == NOT_AUTHORIZED:
+            self._denied[flight.topic] = monotonic_s() + DENIED_TOPIC_S
+            self._error = f"the broker does not let this device publish to {flight.topic}"
+            self._journal.error("link.denied", self._error, topic=flight.topic)
+        else:
+            self._busy_until_s = monotonic_s() + BUSY_BROKER_S
+            self._error = f"the broker took no message (reason 0x{reason:02x})"
+
+    def _note_failure(self, error: LinkError) -> None:
+        self._enter("refused" if isinstance(error, Refused) else "waiting", error.sentence())
+        self._journal.warning("link.unreachable", error.sentence(), code=error.code)
+
+    def _note_end(self, session: Session) -> None:
+        if session.reason == "left":
+            self._enter("stopped", "")
+            return
+        self._counters["losses"] += 1
+        self._counters["stuck"] += session.reason.startswith("no PUBACK")
+        self._enter("waiting", f"connection lost: {session.reason}")
+        self._journal.warning("link.lost", f"the connection to the broker is lost: {session.reason}")
+
+    def _enter(self, state: str, error: str) -> None:
+        if state != self._state:
+            self._state, self._since = state, wall_s()
+        self._error = error
+
+    def _has_work(self, session: Session) -> bool:
+        return bool(self._unannounced or session.flights or self._outbox.statistics()["rows"])
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
