@@ -37,7 +37,7 @@ class Outbox:
         self.max_age_s = max_age_s
         self._store = store
         self._max_bytes = max_bytes
-        self._next_seq = 0
+        self._next_seq = 1
         self._held: dict[int, Row] = {}  # not on disk; ids below zero
         self._gone: set[int] = set()  # finished, but the full disk could not forget them yet
         self._count, self._bytes, self._oldest_at = store.outbox_totals()

@@ -71,7 +71,7 @@ def test_everything_put_arrives_once_and_leaves_the_outbox(tmp_path: Path) -> No
         async with BrokerDouble() as broker, Device(tmp_path, broker.port) as device:
             device.put(200)
             await until(lambda: device.outbox.statistics()["rows"] == 0)
-            assert [int(message.body) for message in broker.published] == list(range(200))
+            assert [int(message.body) for message in broker.published] == list(range(1, 201))
             assert broker.unanswered_peak <= session_module.WINDOW
             assert device.link.statistics()["state"] == "connected"
 
@@ -123,7 +123,7 @@ def test_unacknowledged_messages_are_sent_again_after_a_loss(tmp_path: Path) -> 
             silent = False
             broker.hang_up()
             await until(lambda: device.outbox.statistics()["rows"] == 0)
-            assert {int(message.body) for message in broker.published} == set(range(5))
+            assert {int(message.body) for message in broker.published} == set(range(1, 6))
 
     run(story())
 

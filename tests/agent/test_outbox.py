@@ -51,8 +51,8 @@ def take(outbox: Outbox, limit: int = 1000, *, now: float = 0.0, skip: frozenset
 
 def test_sequence_numbers_have_no_gaps_and_stand_in_the_payload(store: FullDisk) -> None:
     outbox = make(store)
-    assert [put(outbox) for _ in range(5)] == [0, 1, 2, 3, 4]
-    assert [int(row.body) for row in take(outbox)] == [0, 1, 2, 3, 4]
+    assert [put(outbox) for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert [int(row.body) for row in take(outbox)] == [1, 2, 3, 4, 5]
 
 
 def test_a_message_stays_until_it_is_settled(store: FullDisk) -> None:
@@ -71,8 +71,8 @@ def test_a_message_stays_until_it_is_settled(store: FullDisk) -> None:
 def test_what_an_earlier_boot_left_is_sent_first_in_its_own_numbers(store: FullDisk) -> None:
     put(make(store, boot="b1"))
     outbox = make(store, boot="b2")
-    assert put(outbox) == 0
-    assert [(row.boot, row.seq) for row in take(outbox)] == [("b1", 0), ("b2", 0)]
+    assert put(outbox) == 1
+    assert [(row.boot, row.seq) for row in take(outbox)] == [("b1", 1), ("b2", 1)]
 
 
 def test_alarms_overtake_telemetry_and_samples(store: FullDisk) -> None:
@@ -91,7 +91,7 @@ def test_the_oldest_of_the_least_important_class_makes_room(store: FullDisk) -> 
         put(outbox, Priority.ALARM, size=size)
     assert outbox.statistics()["dropped_c"] == 1
     kept = [row.seq for row in take(outbox) if row.priority == "C"]
-    assert kept == [4]
+    assert kept == [5]
     for _ in range(20):
         put(outbox, Priority.ALARM, size=size)
     assert {row.priority for row in take(outbox)} == {"A"}
@@ -105,7 +105,7 @@ def test_too_old_messages_are_dropped_and_counted(store: FullDisk) -> None:
     outbox = make(store, max_age_s=100.0)
     put(outbox, at=0.0)
     put(outbox, at=90.0)
-    assert [row.seq for row in take(outbox, now=120.0)] == [1]
+    assert [row.seq for row in take(outbox, now=120.0)] == [2]
     assert outbox.statistics()["expired"] == 1
 
 
@@ -124,7 +124,7 @@ def test_on_a_full_disk_messages_wait_in_memory_and_reach_the_disk_later(store: 
     (stored,) = take(outbox)
     assert stored.seq == alarm.seq
     assert outbox.statistics()["held"] == 0
-    assert [row.seq for row in store.rows(10)] == [1]
+    assert [row.seq for row in store.rows(10)] == [2]
 
 
 def test_a_message_on_its_way_is_not_stored_a_second_time(store: FullDisk) -> None:
