@@ -121,7 +121,7 @@ def compression_report(out: Path) -> dict[str, Any]:
 
 def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[[], None]]:
     """Start the processes; returns the chapters' context and what ends them."""
-    from agent.engine import Engine
+    from agent.engine import OnnxEngine
 
     from compressor.examples.wrist.task import TASK
     from compressor.task import Role
@@ -149,7 +149,7 @@ def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[
         stream=data.role(Role.STREAM),
         timeline=Timeline(),
         console=console,
-        engine=Engine.load(active.path("model")),
+        engine=OnnxEngine.load(active.path("model")),
         claim_rows=float(active.card()["claim"]["rows_per_alarm"]),
     )
     return context, world.close

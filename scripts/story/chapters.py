@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from agent.engine import Engine
+from agent.engine import OnnxEngine
 from rich.console import Console
 
 from agent import clock
@@ -36,7 +36,7 @@ class Context:
     stream: Rows  # held-out recordings of the enrolled wearers
     timeline: Timeline
     console: Console
-    engine: Engine  # the active artifact, loaded here to know what it would have answered
+    engine: OnnxEngine  # the active artifact, loaded here to know what it would have answered
     claim_rows: float  # the artifact's claim: at most one alarm in so many rows
     report: dict[str, Any] = field(default_factory=dict)
 
