@@ -1,0 +1,400 @@
+"""From observations to alarms: what one service's requests say about its engines, latency, sensors and world.
+
+    monitor = Monitor(MonitorPlan(service="wrist", index=0, engines=(...), channels=(...), groups={...}), reference)
+    events = monitor.observe(records, gaps=3)      # a batch from RingReader.read(); -> Supervisor.handle, in order
+    monitor.restart_windows("wrist-accel")         # on a RestartWindows command
+    part = monitor.take_window()                   # counters, latency sketches, drift windows since the last call
+    saved = monitor.state(); monitor.restore(saved)   # over a restart; then, after AgentStarted was handled:
+    events = monitor.announce()
+
+    device = DeviceMonitor(("wrist",), power_w=5.0, temperature_c=80.0, memory_bytes=0)   # 0 = no limit
+    events = device.observe(power_w=4.2, temperature_c=None, memory_bytes=93e6)            # about once a second
+
+Alarms are edges: raised once, cleared once; each carries its evidence as numbers. Failures and successes of an
+engine come as runs in the order they happened, so that "3 of the last 20" means requests, not polls.
+Holds no I/O and no clock; leaves all decisions to `agent.decisions`. Mutable, owned by one thread.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.decisions.budget import LatencyBudget, Limit
+from agent.decisions.events import (
+    BROKEN_INPUT,
+    AlarmCleared,
+    AlarmKind,
+    AlarmRaised,
+    EngineFailed,
+    EngineServed,
+    Event,
+    Level,
+)
+from agent.drift import Finding, FixedPoint, GuardCounters, MomentWindow, Reference, RegimeMonitor
+from agent.drift.counters import CLEAR_ROWS
+from agent.observation import NO_ENGINE, Outcome
+from agent.sketch import DEFAULT_RELATIVE_ERROR, LogSketch
+
+Records = NDArray[Any]
+"""One-dimensional array of dtype `observation.RECORD`."""
+
+MAX_DRIFT_ROWS: Final = 2048
+"""Rows of one batch the regime monitor follows, about 0.1 s of CPU (45 us a row, drift-wrist.md section 6). Of more
+rows every k-th is followed and the others are counted as thinned."""
+BITS: Final = {
+    "dead": "dead_bits",
+    "stuck": "stuck_bits",
+    "scale": "scale_bits",
+    "not_finite": "not_finite_bits",
+    "out_of_range": "range_bits",
+}
+"""GuardCounters' argument -> the record's field."""
+JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED})
+"""Outcomes whose input a guard has seen."""
+ANSWERED: Final = (Outcome.OK, Outcome.FAILED_OVER, Outcome.FLOOR)
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorPlan:
+    """What is watched. `index` and `engines` as in the worker's plan; `channels` in the order of the guard's bits;
+    `groups`: channel -> sensor group; `classes`: number of labels; `latency_p95_us`: 0 = no budget.
+    """
+
+    service: str
+    index: int
+    engines: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+    groups: Mapping[str, str] = field(default_factory=dict)
+    classes: int = 0
+    view: str = ""
+    latency_p95_us: float = 0.0
+    relative_error: float = DEFAULT_RELATIVE_ERROR
+
+
+class Monitor:
+    """Follows one service."""
+
+    def __init__(self, plan: MonitorPlan, reference: Reference | None = None) -> None:
+        self._plan = plan
+        self._serving = plan.engines[0]
+        self._budget = LatencyBudget(plan.latency_p95_us) if plan.latency_p95_us > 0 else None
+        self._guards = GuardCounters(plan.channels, dict(plan.groups))
+        self._quiet_rows = CLEAR_ROWS
+        self._first_odd: dict[str, int] = {}
+        self._regimes = RegimeMonitor(reference) if reference else None
+        self._digest = reference.digest() if reference else ""
+        self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
+        self._rows = 0
+        self._thinned = 0
+        self._totals: Counter[str] = Counter()
+        self._lifetime = {engine: LogSketch(plan.relative_error) for engine in plan.engines}
+        self._start_window()
+
+    # --- observations ---
+    def observe(self, records: Records, *, gaps: int = 0) -> list[Event]:
+        """Take in one batch, oldest first. `gaps`: records lost before or within it."""
+        self._count("gaps", gaps)
+        records = records[records["service"] == self._plan.index]
+        if not len(records):
+            return []
+        requests = records[records["row"] == 0]
+        self._count_outcomes(records, requests)
+        self._measure(requests)
+        judged = records[np.isin(records["outcome"], JUDGED)]
+        return [
+            *self._engine_events(requests),
+            *self._latency_events(requests),
+            *self._guard_events(judged),
+            *self._drift_events(judged),
+        ]
+
+    def restart_windows(self, engine: str) -> None:
+        """`engine` serves from now on: latency is judged anew; sensors and drift are the world's and stay."""
+        self._serving = engine
+        if self._budget:
+            self._budget.reset()
+
+    def announce(self) -> list[Event]:
+        """Raise again what is raised, for a supervisor that does not know it."""
+        events: list[Event] = []
+        for kind, channels in self._guards.statistics().items():
+            if channels:
+                text = f"{', '.join(channels)}: {kind}, as before the restart"
+                events.append(self._alarm(Finding(kind, raised=True, channels=channels, text=text)))
+        if self._regimes and self._regimes.raised:
+            channels = tuple(self._regimes.state()["raised"])
+            text = "the input is outside every known regime, as before the restart"
+            events.append(self._alarm(Finding("drift", raised=True, channels=channels, text=text)))
+        return events
+
+    # --- what others read ---
+    def take_window(self) -> dict[str, Any]:
+        """`counters`, `latency`, `drift` since the last call, as the telemetry message wants them."""
+        part = {"counters": dict(self._counters), "latency": self._latency_fields(), "drift": self._drift_fields()}
+        self._start_window()
+        return part
+
+    def statistics(self) -> dict[str, Any]:
+        """Since the start: `counters`; per engine `latency` (count, total_us, p50_us, p95_us, p99_us; None = no
+        request yet); `budget`, `guards` (kind -> channels) and `drift`, empty when not watched.
+        """
+        return {
+            "counters": dict(self._totals),
+            "latency": {engine: _summary(sketch) for engine, sketch in self._lifetime.items()},
+            "budget": {**self._budget.numbers(), "raised": float(self._budget.raised)} if self._budget else {},
+            "guards": {kind: list(names) for kind, names in self._guards.statistics().items() if names},
+            "drift": self._regimes.statistics() if self._regimes else {},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a restart needs, as JSON."""
+        return {"guards": self._guards.state(), "regimes": self._regimes.state() if self._regimes else None}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken; parts that belong to other channels or another reference start anew."""
+        if self._guards.restore(state.get("guards") or {}):
+            self._quiet_rows = 0
+        if self._regimes and state.get("regimes"):
+            self._regimes.restore(state["regimes"])
+
+    # --- counting ---
+    def _start_window(self) -> None:
+        self._counters: Counter[str] = Counter()
+        self._window = {engine: LogSketch(self._plan.relative_error) for engine in self._plan.engines}
+        self._moments = MomentWindow.empty(self._fixed, classes=self._plan.classes) if self._fixed else None
+        self._span: tuple[int, int] | None = None
+
+    def _count(self, name: str, count: int) -> None:
+        if count:
+            self._counters[name] += count
+            self._totals[name] += count
+
+    def _count_outcomes(self, records: Records, requests: Records) -> None:
+        self._count("requests", len(requests))
+        self._count("rows", int(requests["rows"].astype(np.int64).sum()))
+        for value, count in zip(*np.unique(requests["outcome"], return_counts=True), strict=True):
+            self._count(OUTCOME_COUNTERS[Outcome(int(value))], int(count))
+        for name, bits in BITS.items():
+            self._count(f"rows_{name}", int(np.count_nonzero(records[bits])))
+
+    def _measure(self, requests: Records) -> None:
+        answered = requests[np.isin(requests["outcome"], ANSWERED)]
+        for number, engine in enumerate(self._plan.engines):
+            latencies = answered["latency_us"][answered["engine"] == number]
+            latencies = latencies[latencies >= 0]  # a negative or NaN latency is a writer's bug, not a fast request
+            if len(latencies):
+                self._window[engine].add_many(latencies)
+                self._lifetime[engine].add_many(latencies)
+
+    # --- engines ---
+    def _engine_events(self, requests: Records) -> Iterator[Event]:
+        marks: dict[int, list[str]] = {}
+        for engine, code in _marks(requests):
+            if engine < len(self._plan.engines):
+                marks.setdefault(engine, []).append(code)
+        for number, codes in sorted(marks.items()):
+            name = self._plan.engines[number]
+            for code, run in groupby(codes):
+                count = sum(1 for _ in run)
+                yield (
+                    EngineFailed(self._plan.service, name, code, count)
+                    if code
+                    else EngineServed(self._plan.service, name, count)
+                )
+
+    def _latency_events(self, requests: Records) -> Iterator[Event]:
+        budget = self._budget
+        if budget is None:
+            return
+        tried = requests[requests["first_engine"] == self._plan.engines.index(self._serving)]
+        tried = tried[np.isin(tried["outcome"], (*ANSWERED, Outcome.DEADLINE))]
+        over = (tried["latency_us"] > budget.budget_us) | (tried["outcome"] == Outcome.DEADLINE)
+        for one in over.tolist():
+            if budget.update(one):
+                yield self._latency_alarm(budget)
+
+    def _latency_alarm(self, budget: LatencyBudget) -> Event:
+        plan, engine = self._plan, self._serving
+        if not budget.raised:
+            return AlarmCleared(plan.service, AlarmKind.LATENCY, engine=engine)
+        numbers = budget.numbers()
+        text = (
+            f"{engine}: {numbers['over']:.0f} of the last {numbers['of_last']:.0f} requests took longer than "
+            f"the {budget.budget_us:.0f} us that 95 % should keep"
+        )
+        p95_us = self._window[engine].quantile(0.95)
+        numbers |= {} if p95_us is None else {"p95_us": p95_us}
+        return AlarmRaised(plan.service, AlarmKind.LATENCY, Level.HARMFUL, engine=engine, text=text, numbers=numbers)
+
+    # --- sensors and the world ---
+    def _guard_events(self, judged: Records) -> Iterator[Event]:
+        columns = zip(*(judged[field].tolist() for field in BITS.values()), strict=True)
+        for values in columns:
+            self._rows += 1
+            bits = dict(zip(BITS, values, strict=True))
+            self._quiet_rows = 0 if any(values) else self._quiet_rows + 1
+            if self._quiet_rows > CLEAR_ROWS:
+                continue  # every history is empty and nothing is raised: the row changes nothing
+            for name, value in bits.items():
+                self._first_odd[name] = self._first_odd.get(name, self._rows) if value else self._rows + 1
+            for finding in self._guards.update(**bits):
+                yield self._alarm(finding)
+
+    def _drift_events(self, judged: Records) -> Iterator[Event]:
+        if self._regimes is None or self._moments is None or not len(judged):
+            return
+        viewed = judged[judged["view_width"] == self._moments.fixed.width]
+        features = viewed["view"][:, : self._moments.fixed.width].astype(np.float64)
+        counted = self._odd_rows(judged) - Counter(
+            not_finite=int((~np.isfinite(features).all(axis=1) & (viewed["not_finite_bits"] != 0)).sum())
+        )  # those the window counts by itself
+        self._moments = self._moments.add(features, viewed["predicted"], counted)
+        first = self._span[0] if self._span else int(judged["sequence"][0])
+        self._span = (first, int(judged["sequence"][-1]))
+        step = max(1, -(-len(viewed) // MAX_DRIFT_ROWS))
+        self._count("rows_thinned", len(viewed) - len(viewed[::step]))
+        for row, predicted in zip(features[::step], viewed["predicted"][::step].tolist(), strict=True):
+            finding = self._regimes.update(row, predicted)
+            if finding:
+                yield self._alarm(finding)
+
+    def _odd_rows(self, judged: Records) -> Counter[str]:
+        """Rows that were odd, by the names a drift window uses; a whole group has one scale."""
+        counts: Counter[str] = Counter()
+        for name in ("not_finite", "out_of_range"):
+            counts[name] = int(np.count_nonzero(judged[BITS[name]]))
+        for index, channel in enumerate(self._plan.channels):
+            for name in ("dead", "stuck"):
+                counts[f"{name}:{channel}"] = int(
+                    np.count_nonzero(judged[BITS[name]] >> np.uint64(index) & np.uint64(1))
+                )
+        for group in dict.fromkeys(self._plan.groups.values()):
+            mask = sum(1 << at for at, name in enumerate(self._plan.channels) if self._plan.groups.get(name) == group)
+            counts[f"scale:{group}"] = int(np.count_nonzero(judged["scale_bits"] & np.uint64(mask)))
+        return counts
+
+    def _alarm(self, finding: Finding) -> Event:
+        kind, service = AlarmKind(finding.kind), self._plan.service
+        if not finding.raised:
+            return AlarmCleared(service, kind, finding.channels)
+        numbers = {name: float(value) for name, value in finding.numbers.items()}
+        numbers |= self._delay(finding)
+        level = Level.BROKEN_INPUT if kind in BROKEN_INPUT else Level.DRIFT
+        return AlarmRaised(service, kind, level, finding.channels, text=finding.text, numbers=numbers)
+
+    def _delay(self, finding: Finding) -> dict[str, float]:
+        """Rows from the first odd one to the alarm, both counted; empty when unknown."""
+        if finding.kind == AlarmKind.DRIFT:
+            rows = finding.numbers.get("rows_since_change")
+            return {} if rows is None else {"delay_windows": float(rows)}
+        first = self._first_odd.get("out_of_range" if finding.kind == AlarmKind.RANGE else finding.kind)
+        return {} if first is None or first > self._rows else {"delay_windows": float(self._rows - first + 1)}
+
+    # --- telemetry ---
+    def _latency_fields(self) -> list[dict[str, Any]]:
+        return [
+            {"service": self._plan.service, "engine": engine, **sketch.fields()}
+            for engine, sketch in self._window.items()
+            if sketch.count
+        ]
+
+    def _drift_fields(self) -> list[dict[str, Any]]:
+        if self._moments is None or self._span is None:
+            return []
+        moments, gaps = self._moments, self._counters["gaps"]
+        return [
+            {
+                "service": self._plan.service,
+                "view": self._plan.view,
+                "reference": self._digest,
+                "first": self._span[0],
+                "last": self._span[1],
+                "rows": moments.rows,
+                "clip": moments.fixed.clip,
+                "fraction_bits": moments.fixed.fraction_bits,
+                "sums": list(moments.sums),
+                "squares": list(moments.squares),
+                "classes": list(moments.classes),
+                "counters": {**moments.counters, **({"gap": gaps} if gaps else {})},
+            }
+        ]
+
+
+OUTCOME_COUNTERS: Final = {
+    Outcome.OK: "ok",
+    Outcome.FAILED_OVER: "failed_over",
+    Outcome.FLOOR: "floor",
+    Outcome.REFUSED_BY_GUARD: "refused_by_guard",
+    Outcome.OVERLOADED: "overloaded",
+    Outcome.DEADLINE: "deadline",
+    Outcome.ERROR: "error",
+}
+
+
+def _marks(requests: Records) -> Iterator[tuple[int, str]]:
+    """(engine number, failure code or "" for an answer), in the order of the requests."""
+    columns = ("outcome", "engine", "first_engine", "latency_us", "queue_us")
+    for outcome, engine, first, latency_us, queue_us in zip(
+        *(requests[name].tolist() for name in columns), strict=True
+    ):
+        answered = outcome in ANSWERED and engine != NO_ENGINE
+        ran_late = (
+            outcome == Outcome.DEADLINE and queue_us < latency_us / 2
+        )  # else the queue was late, not the engine
+        if first != NO_ENGINE and (outcome == Outcome.ERROR or ran_late or (answered and first != engine)):
+            yield first, "deadline_exceeded" if ran_late else "engine_failed"
+        if answered:
+            yield engine, ""
+
+
+def _summary(sketch: LogSketch) -> dict[str, float | None]:
+    quantiles = {f"p{round(100 * q)}_us": sketch.quantile(q) for q in (0.5, 0.95, 0.99)}
+    return {"count": float(sketch.count), "total_us": float(sketch.total_us), **quantiles}
+
+
+# --- the device --------------------------------------------------------------------------------------------
+UNITS: Final = {AlarmKind.POWER: "W", AlarmKind.THERMAL: "°C", AlarmKind.MEMORY: "bytes"}
+
+
+class DeviceMonitor:
+    """Power, temperature and memory against their limits; an alarm reaches every service."""
+
+    def __init__(
+        self, services: tuple[str, ...], *, power_w: float, temperature_c: float, memory_bytes: float
+    ) -> None:
+        self._services = services
+        self._limits = {
+            AlarmKind.POWER: Limit(power_w),
+            AlarmKind.THERMAL: Limit(temperature_c),
+            AlarmKind.MEMORY: Limit(memory_bytes),
+        }
+
+    def observe(
+        self, *, power_w: float | None, temperature_c: float | None, memory_bytes: float | None
+    ) -> list[Event]:
+        readings = {AlarmKind.POWER: power_w, AlarmKind.THERMAL: temperature_c, AlarmKind.MEMORY: memory_bytes}
+        return [
+            self._alarm(service, kind, value)
+            for kind, value in readings.items()
+            if value is not None and self._limits[kind].update(value)
+            for service in self._services
+        ]
+
+    def statistics(self) -> dict[str, bool]:
+        """Kind -> raised."""
+        return {kind.value: limit.raised for kind, limit in self._limits.items()}
+
+    def _alarm(self, service: str, kind: AlarmKind, value: float) -> Event:
+        limit = self._limits[kind]
+        if not limit.raised:
+            return AlarmCleared(service, kind)
+        text = f"{kind.value}: {value:.4g} {UNITS[kind]} is over the limit of {limit.limit:.4g} {UNITS[kind]}"
+        numbers = {"value": float(value), "limit": float(limit.limit), "samples": float(Limit.RAISE_SAMPLES)}
+        return AlarmRaised(service, kind, Level.HARMFUL, text=text, numbers=numbers)
