@@ -1,0 +1,110 @@
+"""Which worker serves: the current generation, the one that comes and those that leave.
+
+A new generation starts beside the current one; when it is ready it accepts, and the old one drains: no request
+meets a closed door, since both share the listening sockets. A current one that is lost leaves its
+connections in the sockets' queues until the next accepts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+from agent.contract.plan import FromWorker, Ready, ServicePlan, WorkerPlan
+from agent.generation import Generation, Patience, Phase
+
+
+class Generations:
+    """Owned by the event loop. Callbacks get the generation's number."""
+
+    def __init__(
+        self,
+        listeners: Sequence[socket.socket],
+        ring: int,
+        patience: Patience,
+        environment: Mapping[str, str],
+        *,
+        first_number: int,
+        on_frame: Callable[[int, FromWorker], None],
+        on_lost: Callable[[int, str], None],
+    ) -> None:
+        self._listeners = listeners
+        self._ring = ring
+        self._patience = patience
+        self._environment = environment
+        self._next_number = first_number
+        self._on_frame = on_frame
+        self._on_lost = on_lost
+        self._current: Generation | None = None
+        self._incoming: Generation | None = None
+        self._tasks: dict[Generation, asyncio.Task[None]] = {}
+        self._counts = {"started": 0, "lost": 0}
+
+    @property
+    def current(self) -> Generation | None:
+        return self._current
+
+    @property
+    def is_starting(self) -> bool:
+        return self._incoming is not None
+
+    def start(self, services: tuple[ServicePlan, ...], *, max_body_bytes: int, stuck_after_s: float) -> int:
+        """Begin a new generation beside the current one; one that was still coming is given up."""
+        if self._incoming is not None:
+            self._incoming.kill("superseded")
+        plan = WorkerPlan(self._next_number, services, max_body_bytes, stuck_after_s)
+        self._next_number += 1
+        self._counts["started"] += 1
+        comer = Generation(plan, self._patience, on_frame=self._frame, on_end=self._ended)
+        self._incoming = comer
+        living = comer.live(self._listeners, self._ring, self._environment)
+        self._tasks[comer] = asyncio.create_task(living, name=f"ew-worker-{plan.generation}")
+        return plan.generation
+
+    def prefer(self, service: str, engine: str, reason: str) -> None:
+        """Tell whoever serves; without a worker it is told when the next one is ready."""
+        if self._current is not None:
+            self._current.prefer(service, engine, reason)
+
+    def tend(self) -> None:
+        for generation in list(self._tasks):
+            generation.tend()
+
+    async def stop(self) -> None:
+        """Let all finish what they answer, then end; bounded by the patience."""
+        for generation in self._tasks:
+            if generation.phase in (Phase.SERVING, Phase.DRAINING):
+                generation.drain()
+            else:
+                generation.kill("the agent stops")
+        while self._tasks:
+            await asyncio.wait(self._tasks.values(), timeout=self._patience.ping_s)
+            self.tend()
+
+    def statistics(self) -> dict[str, float]:
+        return dict(self._counts)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+    def _frame(self, generation: Generation, frame: FromWorker) -> None:
+        if isinstance(frame, Ready) and generation is self._incoming:
+            self._hand_over(generation)
+        self._on_frame(generation.number, frame)
+
+    def _hand_over(self, comer: Generation) -> None:
+        leaver, self._current, self._incoming = self._current, comer, None
+        comer.serve()
+        if leaver is not None:
+            leaver.drain()
+
+    def _ended(self, generation: Generation, reason: str) -> None:
+        self._tasks.pop(generation, None)
+        if generation is self._current:
+            self._current = None
+        elif generation is self._incoming:
+            self._incoming = None
+        else:  # it had already handed over, or was given up
+            return
+        if reason != "drained":
+            self._counts["lost"] += 1
+            self._on_lost(generation.number, reason)
