@@ -6,6 +6,8 @@
     |- DataError           the data a task needs is missing or is not what the task was written for
     |- StageFailed         a step of the pipeline could not finish
     `- GateFailed          nothing that was built may ship; carries gate, measured and limit
+
+Exit codes of the command line: 2 recipe, 9 data, 10 stage, 11 gate; the device's codes keep their meaning.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ class StageFailed(EdgewardenError):
         super().__init__(f"stage '{stage}' failed on '{subject}': {reason}", hint=hint)
         self.stage = stage
         self.subject = subject
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # it travels from a training process to the pipeline
+        return (type(self), (self.stage, self.subject, self.reason), {"hint": self.hint})
 
 
 class GateFailed(EdgewardenError):

@@ -15,11 +15,9 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from compressor.stages.naming import OPSET, PROBABILITY, VIEW_OUTPUT
 from compressor.views import ChannelFeatures
 
-OPSET = 20
-VIEW_OUTPUT = "ew_view_channels"
-PROBABILITY = "probability"
 MAX_ROWS = 4096
 
 
@@ -93,7 +91,7 @@ def legacy(served: Served, *, input_name: str, shape: tuple[int, int]) -> bytes:
         torch.onnx.export(
             served.eval(),
             (torch.zeros(2, *shape),),
-            buffer,
+            buffer,  # type: ignore[arg-type]  # a stream is documented, the annotation forgot it
             dynamo=False,
             opset_version=OPSET,
             input_names=[input_name],
@@ -116,7 +114,8 @@ def strip(model: onnx.ModelProto) -> bytes:
         del part.metadata_props[:]
         part.doc_string = ""
     onnx.checker.check_model(model)
-    return model.SerializeToString(deterministic=True)
+    data: bytes = model.SerializeToString(deterministic=True)
+    return data
 
 
 def _shorten(graph: onnx.GraphProto) -> None:

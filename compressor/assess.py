@@ -1,0 +1,208 @@
+"""Turns variants into candidates: accuracy by role, parity, golden inputs and latency, all on the device's engine.
+
+Results are kept by content. Latency belongs to a machine, so the machine is part of its key: a rebuild on the
+same machine replays the figures its choice rested on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.engine import OnnxEngine
+from compressor.cache import Cache, stage_key
+from compressor.candidate import Candidate, Latency, Variant
+from compressor.corruptions import Windows
+from compressor.evaluate import alone_and_together, ask, varied_accuracy
+from compressor.files import dump_arrays, load_arrays, write_file
+from compressor.gates import Parity, general_gates
+from compressor.measure import Timing, interleaved, machine
+from compressor.recipe import DeviceClassTable, Recipe
+from compressor.stages.naming import PROBABILITY, VIEW_OUTPUT
+from compressor.task import Role, Task, TaskData
+
+SOURCES = ("assess.py", "evaluate.py", "gates.py", "corruptions.py", "task.py")
+INTERPRETED_ROWS = 8
+JUDGED_ROLES = (Role.SELECT, Role.CALIBRATE, Role.STREAM)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every assessment needs: the task with its data, where engines load from, and the cache."""
+
+    recipe: Recipe
+    task: Task
+    task_sha256: str
+    data: TaskData
+    cache: Cache
+    folder: Path  # temporary: an engine loads from a file
+
+    def engine(self, variant: Variant) -> OnnxEngine:
+        return self._load(variant.name, variant.onnx)
+
+    def engine_without_view(self, variant: Variant) -> OnnxEngine:
+        return self._load(f"{variant.name}.bare", without_view(variant.onnx))
+
+    def _load(self, name: str, model: bytes) -> OnnxEngine:
+        path = self.folder / f"{name}.onnx"
+        if not path.exists():
+            write_file(path, model)
+        engine = OnnxEngine.load(path, name=name)
+        engine.warm()
+        return engine
+
+    def key(self, stage: str, variant: Variant, **more: object) -> str:
+        inputs = {
+            "model": variant.sha256, "task": self.task_sha256, "data": self.data.sha256,
+            "settings": self.recipe.data, **more,
+        }  # fmt: skip
+        return stage_key(stage, inputs, sources=SOURCES)
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What one variant answers; nothing of it depends on the machine's speed."""
+
+    accuracy: dict[str, float]
+    parity: Parity
+    golden_error: float
+    predicted: NDArray[np.int64]  # (stream rows,)
+
+
+def without_view(model: bytes) -> bytes:
+    """The same model without the monitor's view and the nodes that only it needs."""
+    import onnx
+
+    proto = onnx.load_from_string(model)
+    graph = proto.graph
+    outputs = [output for output in graph.output if output.name != VIEW_OUTPUT]
+    needed = {output.name for output in outputs}
+    nodes = []
+    for node in reversed(graph.node):  # nodes stand in order: a node's users come after it
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    initializers = [tensor for tensor in graph.initializer if tensor.name in needed]
+    for field, kept in ((graph.node, nodes[::-1]), (graph.output, outputs), (graph.initializer, initializers)):
+        copies = [type(item).FromString(item.SerializeToString()) for item in kept]
+        del field[:]
+        field.extend(copies)
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
+
+
+def golden_rows(data: TaskData, count: int) -> Windows:
+    """A few calibrate rows, every label among them as far as `count` allows."""
+    rows = data.role(Role.CALIBRATE)
+    first = [int(np.flatnonzero(rows.labels == label)[0]) for label in np.unique(rows.labels)]
+    others = [index for index in np.linspace(0, len(rows) - 1, 2 * count).astype(int).tolist() if index not in first]
+    return rows.windows[(first + others)[:count]]
+
+
+def judge(bench: Bench, variant: Variant) -> Judgement:
+    """Accuracies, parity and golden error of one variant, from the cache where known."""
+    key = bench.key("judge", variant, golden_rows=bench.recipe.package.golden_rows)
+    if kept := bench.cache.get(key):
+        facts = json.loads(kept["facts.json"])
+        predicted = load_arrays(kept["stream.npz"], where="kept answers")["predicted"]
+        parity = Parity(facts["agreement"], facts["error"])
+        accuracy: dict[str, float] = facts["accuracy"]
+        return Judgement(accuracy, parity, float(facts["golden_error"]), predicted.astype(np.int64))
+    judged = _judge(bench, variant)
+    told = {"accuracy": judged.accuracy, **asdict(judged.parity), "golden_error": judged.golden_error}
+    files = {"facts.json": json.dumps(told).encode(), "stream.npz": dump_arrays({"predicted": judged.predicted})}
+    bench.cache.put(key, files)
+    return judged
+
+
+def _judge(bench: Bench, variant: Variant) -> Judgement:
+    engine, name = bench.engine(variant), bench.task.input_name
+    answers = {role: ask(engine, name, bench.data.role(role).windows) for role in JUDGED_ROLES}
+    accuracy = {role.value: answers[role].accuracy(bench.data.role(role).labels) for role in JUDGED_ROLES}
+    variations = [fault for fault in bench.task.faults if fault.expected == "harmless"]
+    accuracy["varied"] = varied_accuracy(engine, name, bench.data.role(Role.SELECT), variations)
+    told = answers[Role.CALIBRATE].probability
+    parity = Parity.between(told[: len(variant.torch_probability)], variant.torch_probability)
+    few = bench.data.role(Role.CALIBRATE).windows[:INTERPRETED_ROWS]
+    parity = parity.worse(Parity.between(told[:INTERPRETED_ROWS], interpret(variant.onnx, name, few)))
+    golden = golden_rows(bench.data, bench.recipe.package.golden_rows)
+    return Judgement(accuracy, parity, alone_and_together(engine, name, golden), answers[Role.STREAM].predicted)
+
+
+def interpret(model: bytes, input_name: str, windows: Windows) -> NDArray[np.float32]:
+    """Probabilities as the ONNX standard's own interpreter computes them: a second opinion on the file."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    told = ReferenceEvaluator(onnx.load_from_string(model)).run([PROBABILITY], {input_name: windows})
+    return np.asarray(told[0], np.float32)
+
+
+def time_all(bench: Bench, variants: Sequence[Variant]) -> tuple[dict[str, Latency], bool]:
+    """Latency of every variant measured in turns, and whether the figures are an earlier run's."""
+    settings = bench.recipe.measure
+    inputs = {
+        "models": {variant.name: variant.sha256 for variant in variants},
+        "settings": settings.model_dump(), "machine": machine(),
+    }  # fmt: skip
+    key = stage_key("measure", inputs, sources=("measure.py", "assess.py"))
+    if kept := bench.cache.get(key):
+        return {name: Latency(**figures) for name, figures in json.loads(kept["latency.json"]).items()}, True
+    row = bench.data.role(Role.CALIBRATE).windows[:1]
+    calls: dict[str, Callable[[], object]] = {}
+    for variant in variants:
+        calls[variant.name] = _call(bench.engine(variant), bench.task.input_name, row)
+        calls[f"{variant.name}.bare"] = _call(bench.engine_without_view(variant), bench.task.input_name, row)
+    timings = interleaved(calls, rounds=settings.rounds, runs=settings.runs)
+    latency = {v.name: _latency(timings[v.name], timings[f"{v.name}.bare"]) for v in variants}
+    bench.cache.put(key, {"latency.json": json.dumps({k: asdict(v) for k, v in latency.items()}).encode()})
+    return latency, False
+
+
+def _call(engine: OnnxEngine, input_name: str, row: Windows) -> Callable[[], object]:
+    feeds = {input_name: row}
+    return lambda: engine.run(feeds)
+
+
+def _latency(full: Timing, bare: Timing) -> Latency:
+    return Latency(
+        cpu_p20_us=round(full.cpu_p20_us, 2),
+        wall_p50_us=round(full.wall_p50_us, 2),
+        wall_p95_us=round(full.wall_p95_us, 2),
+        view_us=round(full.cpu_p20_us - bare.cpu_p20_us, 2),
+    )
+
+
+def candidates(
+    bench: Bench, variants: Sequence[Variant], judged: dict[str, Judgement], latency: dict[str, Latency]
+) -> tuple[Candidate, ...]:
+    """Candidates with the gates every device class asks for."""
+    teacher = judged[bench.recipe.teacher.name]
+    return tuple(_candidate(bench, v, judged[v.name], teacher, latency[v.name]) for v in variants)
+
+
+def _candidate(
+    bench: Bench, variant: Variant, judged: Judgement, teacher: Judgement, latency: Latency
+) -> Candidate:
+    fallback = variant.model.role == "fallback"
+    limits = bench.recipe.gates
+    gates = general_gates(
+        limits,
+        accuracy=judged.accuracy[Role.SELECT],
+        reference_accuracy=teacher.accuracy[Role.SELECT],
+        allowed_drop=limits.fallback_drop if fallback else limits.accuracy_drop,
+        parity=judged.parity,
+        golden_error=judged.golden_error,
+    )
+    agreement = float((judged.predicted == teacher.predicted).mean())
+    return Candidate(variant, judged.accuracy, agreement, latency, gates)
+
+
+def device_budget(device: DeviceClassTable) -> str:
+    """A device class in one line."""
+    return f"{device.latency_us:g} us of CPU, {device.size_bytes:,} bytes, prefers {device.prefer}"

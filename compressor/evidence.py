@@ -1,0 +1,132 @@
+"""What travels with a model besides its weights: the fault table, the drift reference with its claim, golden answers.
+
+Every figure is of the held-out stream, which was in no other role.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.drift.reference import dump_reference
+from compressor.assess import Bench, golden_rows
+from compressor.cache import stage_key
+from compressor.candidate import Variant
+from compressor.evaluate import Answers, ask, fault_accuracy
+from compressor.files import dump_arrays
+from compressor.reference import (
+    ViewNames,
+    ViewRows,
+    build_reference,
+    channel_view_names,
+    guard_statistics,
+    measure_detectability,
+)
+from compressor.stages.naming import PROBABILITY
+from compressor.task import Role, Rows, Task, TaskData
+
+DECIMALS = 5  # golden answers are rounded: the last bits of a float differ between processors
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """A drift reference as bytes, and what the card says about it."""
+
+    reference: bytes
+    claim: dict[str, Any]
+    detectability: tuple[dict[str, Any], ...]
+
+
+def fault_column(bench: Bench, variant: Variant) -> list[float]:
+    """Accuracy of one variant under each of the task's faults, in their order."""
+    key = bench.key("faults", variant)
+    if kept := bench.cache.get(key):
+        column: list[float] = json.loads(kept["column.json"])
+        return column
+    engine, rows = bench.engine(variant), bench.data.role(Role.STREAM)
+    column = [fault_accuracy(engine, bench.task.input_name, rows, fault) for fault in bench.task.all_faults()]
+    bench.cache.put(key, {"column.json": json.dumps(column).encode()})
+    return column
+
+
+def floor_column(bench: Bench, prior: Sequence[float]) -> list[float]:
+    """The floor always names the most frequent class, whatever the input."""
+    labels = bench.data.role(Role.STREAM).labels
+    return [float((labels == int(np.argmax(prior))).mean())] * len(bench.task.all_faults())
+
+
+def class_prior(task: Task, data: TaskData) -> list[float]:
+    """Share of each label among training rows."""
+    counts = np.bincount(data.role(Role.TRAIN).labels, minlength=len(task.labels))
+    return [round(float(share), 6) for share in counts / counts.sum()]
+
+
+def watch(bench: Bench, variant: Variant, *, detection_runs: int) -> Watch:
+    """The reference of one variant: made of the calibrate role, its claim measured on the stream.
+
+    detection_runs: 0 = no detectability card (a fallback is judged by the active model's).
+    """
+    sources = ("evidence.py", "reference.py", "corruptions.py", "task.py")
+    inputs = {
+        "model": variant.sha256, "task": bench.task_sha256, "data": bench.data.sha256,
+        "settings": bench.recipe.data, "runs": detection_runs,
+    }  # fmt: skip
+    key = stage_key("reference", inputs, sources=sources)
+    if kept := bench.cache.get(key):
+        card = json.loads(kept["card.json"])
+        return Watch(kept["reference.npz"], card["claim"], tuple(card["detectability"]))
+    made = _watch(bench, variant, detection_runs)
+    card = {"claim": made.claim, "detectability": made.detectability}
+    bench.cache.put(key, {"reference.npz": made.reference, "card.json": json.dumps(card).encode()})
+    return made
+
+
+def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
+    engine, task = bench.engine(variant), bench.task
+    names = view_names(task)
+    calibrate, stream = bench.data.role(Role.CALIBRATE), bench.data.role(Role.STREAM)
+    seen = _view_rows(ask(engine, task.input_name, calibrate.windows), calibrate)
+    held_out = _view_rows(ask(engine, task.input_name, stream.windows), stream)
+    guard = guard_statistics(calibrate.windows, names.channels, names.groups)
+    reference = build_reference(seen, names, guard=guard, held_out=held_out)
+    lines: tuple[dict[str, Any], ...] = ()
+    if detection_runs:
+        faulty = {
+            fault.name: _view_rows(ask(engine, task.input_name, fault.apply(stream.windows)), stream)
+            for fault in task.faults
+        }
+        touched = {fault.name: fault.channels for fault in task.faults}
+        found = measure_detectability(reference, held_out, faulty, touched, runs=detection_runs)
+        lines = tuple(asdict(line) for line in found)
+    return Watch(dump_reference(reference), asdict(reference.claim), lines)
+
+
+def view_names(task: Task) -> ViewNames:
+    channels = tuple(channel.name for channel in task.channels)
+    return channel_view_names(channels, {channel.name: channel.group for channel in task.channels}, task.labels)
+
+
+def _view_rows(answers: Answers, rows: Rows) -> ViewRows:
+    return ViewRows(answers.view.astype(np.float64), answers.predicted, rows.recordings)
+
+
+def golden(bench: Bench, variant: Variant) -> bytes:
+    """A few inputs and what the engine answers to them."""
+    windows = golden_rows(bench.data, bench.recipe.package.golden_rows)
+    answers = ask(bench.engine(variant), bench.task.input_name, windows)
+    outputs = {PROBABILITY: answers.probability}
+    return golden_bytes(bench.task.input_name, windows, outputs, bench.recipe.gates.golden_error)
+
+
+def golden_bytes(
+    input_name: str, windows: NDArray[np.float32], outputs: Mapping[str, NDArray[np.float32]], tolerance: float
+) -> bytes:
+    """golden.npz of the contract."""
+    arrays: dict[str, NDArray[np.generic]] = {f"in_{input_name}": windows, "tolerance": np.array(tolerance)}
+    arrays |= {f"out_{name}": np.round(array, DECIMALS) for name, array in outputs.items()}
+    return dump_arrays(arrays)

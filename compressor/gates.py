@@ -1,0 +1,78 @@
+"""The five questions every candidate must answer: accuracy, parity, latency, size, golden inputs.
+
+Pure: figures in, gates out. Limits of the first, second and fifth are the recipe's; latency and size belong to
+a device class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compressor.candidate import Candidate, Gate
+from compressor.errors import GateFailed
+from compressor.recipe import DeviceClassTable, GatesTable
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """How far two ways of running the same network are apart on the same rows."""
+
+    agreement: float  # share of rows with the same most probable class
+    error: float  # largest difference of a probability
+
+    @staticmethod
+    def between(left: NDArray[np.floating], right: NDArray[np.floating]) -> Parity:
+        """left, right: (rows, classes) probabilities."""
+        same = left.argmax(axis=1) == right.argmax(axis=1)
+        return Parity(float(same.mean()), float(np.abs(left - right).max()))
+
+    def worse(self, other: Parity) -> Parity:
+        return Parity(min(self.agreement, other.agreement), max(self.error, other.error))
+
+
+def general_gates(
+    limits: GatesTable, *, accuracy: float, reference_accuracy: float, allowed_drop: float, parity: Parity,
+    golden_error: float,
+) -> tuple[Gate, ...]:  # fmt: skip
+    """The gates that do not depend on a device class."""
+    return (
+        Gate("accuracy", round(reference_accuracy - accuracy, 6), allowed_drop, "drop against the teacher"),
+        Gate("parity", parity.agreement, limits.parity_agreement, "share of rows", at_least=True),
+        Gate("parity_error", parity.error, limits.parity_error, "probability"),
+        Gate("golden", golden_error, limits.golden_error, "probability"),
+    )
+
+
+def class_gates(device: DeviceClassTable, *, latency_us: float, size_bytes: int) -> tuple[Gate, ...]:
+    """The gates of one device class."""
+    return (
+        Gate("latency", latency_us, device.latency_us, "us of CPU per row"),
+        Gate("size", size_bytes, device.size_bytes, "bytes"),
+    )
+
+
+def failed(gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+    return tuple(gate for gate in gates if not gate.passed)
+
+
+def refuse(device: DeviceClassTable, kind: str, candidates: tuple[Candidate, ...]) -> GateFailed:
+    """The error for a device class nothing fits: names the candidate that came closest and what stopped it."""
+
+    def stops(candidate: Candidate) -> tuple[Gate, ...]:
+        own = class_gates(
+            device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes
+        )
+        return failed(candidate.gates + own)
+
+    closest = min(candidates, key=lambda candidate: len(stops(candidate)))
+    gates = stops(closest)
+    if not gates:
+        gates = (Gate("accuracy", 0.0, 0.0),)
+    return GateFailed(
+        gates[0].name, gates[0].measured, gates[0].limit,
+        subject=f"every {kind} for device class '{device.name}'; the closest was '{closest.name}'",
+        hint="Loosen the limit in the recipe, or offer another model.",
+    )  # fmt: skip

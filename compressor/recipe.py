@@ -1,0 +1,305 @@
+"""A recipe file: TOML read once into frozen, typed values. Unknown keys are refused with the nearest name.
+
+Every error carries file and line. Overrides (`--set`) are applied before validation, so they are checked alike.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from agent.contract.artifact import canonical, sha256
+from agent.contract.topics import IDENTIFIER
+from compressor.calibrators import Calibrator
+from compressor.errors import RecipeError
+from compressor.task import Task, load_task
+
+FORMAT = 1
+MAX_RECIPE_BYTES = 256 * 1024
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskTable(Table):
+    module: str  # a file relative to the recipe, or a dotted name
+
+
+class TrainTable(Table):
+    batch: int = Field(default=64, ge=1, le=4096)
+    learning_rate: float = Field(default=4e-3, gt=0)
+    weight_decay: float = Field(default=1e-2, ge=0)
+    label_smoothing: float = Field(default=0.05, ge=0, lt=1)
+    processes: int = Field(default=2, ge=1, le=64)
+
+
+class ModelTable(Table):
+    """One network. `channels`: the ones it reads, empty = all; a fallback should not read what may break."""
+
+    name: str
+    role: Literal["teacher", "student", "fallback"]
+    family: str
+    width: int = Field(ge=1, le=4096)
+    epochs: int = Field(ge=1, le=10_000)
+    channels: tuple[str, ...] = ()
+
+    @field_validator("name")
+    @classmethod
+    def _identifier(cls, value: str) -> str:
+        if not IDENTIFIER.fullmatch(value):
+            raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
+        return value
+
+
+class QuantiseTable(Table):
+    precisions: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
+    calibrator: Calibrator = Calibrator.PERCENTILE
+
+
+class MeasureTable(Table):
+    rounds: int = Field(default=25, ge=3, le=1000)
+    runs: int = Field(default=40, ge=1, le=10_000)
+
+
+class GatesTable(Table):
+    """Limits every candidate must keep, whatever the device class; latency and size limits are the class's own.
+
+    accuracy_drop: below the teacher on the select role, 0..1; fallback_drop: the same for a fallback. parity_agreement: least share of rows on which
+    torch, the ONNX graph and the device's engine name the same class; parity_error: largest difference of a
+    probability. golden_error: largest difference of a golden output, alone against in a batch.
+    """
+
+    accuracy_drop: float = Field(default=0.03, ge=0, le=1)
+    fallback_drop: float = Field(default=0.12, ge=0, le=1)
+    parity_agreement: float = Field(default=0.999, ge=0, le=1)
+    parity_error: float = Field(default=0.03, ge=0, le=1)
+    golden_error: float = Field(default=1e-3, ge=0, le=1)
+
+
+class SelectTable(Table):
+    """tie: accuracies closer than this count as equal. min_speedup: 8 bit is kept only if at least this much
+    faster than its float parent."""
+
+    tie: float = Field(default=0.005, ge=0, le=1)
+    min_speedup: float = Field(default=1.05, ge=1)
+
+
+class DeviceClassTable(Table):
+    """A kind of device and its budget. latency_us: CPU time of one row in the engine, one thread;
+    latency_p95_us: what the artifact promises per request on the device, queueing included."""
+
+    name: str
+    latency_us: float = Field(gt=0)
+    size_bytes: int = Field(gt=0)
+    latency_p95_us: float = Field(gt=0)
+    prefer: Literal["accuracy", "size"] = "accuracy"
+
+    @field_validator("name")
+    @classmethod
+    def _identifier(cls, value: str) -> str:
+        if not IDENTIFIER.fullmatch(value):
+            raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
+        return value
+
+
+class FaultsTable(Table):
+    """harmful_drop: a fault that costs the chosen model at least this much accuracy is called harmful.
+    detection_runs: how often each fault is injected into a clean stream to see when the monitor finds it."""
+
+    harmful_drop: float = Field(default=0.10, gt=0, le=1)
+    detection_runs: int = Field(default=20, ge=1, le=1000)
+
+
+class PackageTable(Table):
+    version: int = Field(default=1, ge=1)
+    owner: str
+    licence: str
+    golden_rows: int = Field(default=8, ge=1, le=256)
+
+
+class Recipe(Table):
+    format: Literal[1]
+    name: str
+    seed: int = Field(default=1, ge=0)
+    task: TaskTable
+    data: dict[str, Any] = {}
+    train: TrainTable = TrainTable()
+    model: tuple[ModelTable, ...]
+    quantise: QuantiseTable = QuantiseTable()
+    measure: MeasureTable = MeasureTable()
+    gates: GatesTable = GatesTable()
+    select: SelectTable = SelectTable()
+    device_class: tuple[DeviceClassTable, ...]
+    faults: FaultsTable = FaultsTable()
+    package: PackageTable
+
+    @model_validator(mode="after")
+    def _complete(self) -> Recipe:
+        roles = [model.role for model in self.model]
+        if roles.count("teacher") != 1:
+            raise ValueError(f"exactly one [[model]] must have role = 'teacher', found {roles.count('teacher')}")
+        for noun, names in (
+            ("model", [model.name for model in self.model]),
+            ("device_class", [device.name for device in self.device_class]),
+        ):
+            if len(set(names)) != len(names) or not names:
+                raise ValueError(f"every [[{noun}]] needs a name of its own, found {names}")
+        return self
+
+    @property
+    def teacher(self) -> ModelTable:
+        return next(model for model in self.model if model.role == "teacher")
+
+    @property
+    def sha256(self) -> str:
+        """Digest of what the recipe says, overrides included; comments and order do not count."""
+        return sha256(canonical(self.model_dump(mode="json")))
+
+
+def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from its file, with `key=value` overrides applied.
+
+    Raises:
+        RecipeError: missing, malformed, unknown key, wrong value.
+    """
+    text = _read(path)
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        place = re.search(r" \(at line (\d+), column (\d+)\)$", str(error))
+        line = int(place.group(1)) if place else 0
+        message = str(error)[: place.start()] if place else str(error)
+        raise RecipeError(f"not TOML: {message}", path=path, line=line, hint="Correct the syntax there.") from None
+    for override in overrides:
+        _apply(document, override)
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise _translate(error, path, text) from None
+
+
+def open_task(recipe: Recipe, path: Path) -> tuple[Task, str]:
+    """The recipe's task and its source digest, with what the recipe asks of it checked.
+
+    Raises:
+        RecipeError
+    """
+    task, digest = load_task(recipe.task.module, path.parent)
+    for key in recipe.data:
+        if key not in task.settings:
+            raise RecipeError(
+                f"task '{task.name}' has no setting '{key}' in [data]", path=path, hint=_nearest(key, task.settings)
+            )
+    for model in recipe.model:
+        if model.family not in task.families:
+            raise RecipeError(
+                f"task '{task.name}' has no family '{model.family}' (model '{model.name}')",
+                path=path,
+                hint=_nearest(model.family, task.families),
+            )
+        task.indices(model.channels)
+    return task, digest
+
+
+def _read(path: Path) -> str:
+    try:
+        raw = path.read_bytes()[: MAX_RECIPE_BYTES + 1]
+        if len(raw) > MAX_RECIPE_BYTES:
+            raise RecipeError(f"larger than {MAX_RECIPE_BYTES} bytes", path=path)
+        return raw.decode()
+    except UnicodeDecodeError:
+        raise RecipeError("not UTF-8 text", path=path) from None
+    except OSError as error:
+        raise RecipeError(
+            f"cannot read the recipe: {error.strerror}",
+            path=path,
+            hint="Name a recipe such as compressor/examples/wrist/recipe.toml.",
+        ) from None
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    """`a.b=value`; a key without a dot is a setting of the task, so it lands in [data]."""
+    key, separator, value = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not separator or not all(parts):
+        raise RecipeError(f"cannot apply --set {override!r}", hint="Write it as key=value.")
+    if len(parts) == 1:
+        parts.insert(0, "data")
+    table = document
+    for part in parts[:-1]:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"cannot apply --set {override!r}: '{part}' is not a table")
+        table = inner
+    table[parts[-1]] = _value(value.strip())
+
+
+def _value(text: str) -> Any:
+    for form in (f"v = {text}", f"v = [{text}]"):
+        try:
+            return tomllib.loads(form)["v"]
+        except tomllib.TOMLDecodeError:
+            continue
+    return text
+
+
+def _translate(error: ValidationError, path: Path, text: str) -> RecipeError:
+    first = error.errors()[0]
+    location = tuple(first["loc"])
+    line = _line_of(text, location)
+    name = ".".join(str(part) for part in location)
+    if first["type"] == "extra_forbidden":
+        hint = _nearest(str(location[-1]), _known(location))
+        return RecipeError(f"unknown key '{name}'", path=path, line=line, hint=hint)
+    if first["type"] == "missing":
+        return RecipeError(f"'{name}' is missing", path=path, line=line, hint="Add it; see the example recipes.")
+    message = first["msg"].removeprefix("Value error, ")
+    return RecipeError(f"{name + ': ' if name else ''}{message}", path=path, line=line)
+
+
+def _known(location: tuple[int | str, ...]) -> list[str]:
+    """Names allowed where the unknown key stood."""
+    tables: Mapping[str, type[Table]] = {
+        "task": TaskTable, "train": TrainTable, "model": ModelTable, "quantise": QuantiseTable,
+        "measure": MeasureTable, "gates": GatesTable, "select": SelectTable, "device_class": DeviceClassTable,
+        "faults": FaultsTable, "package": PackageTable,
+    }  # fmt: skip
+    table = tables.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
+    return list(table.model_fields)
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"Did you mean '{close[0]}'?" if close else f"Known: {', '.join(known)}."
+
+
+_HEADER = re.compile(r"^\s*\[{1,2}\s*([A-Za-z0-9_.-]+)\s*\]{1,2}\s*(#.*)?$")
+_KEY = re.compile(r"^\s*([A-Za-z0-9_-]+)\s*=")
+
+
+def _line_of(text: str, location: tuple[int | str, ...]) -> int:
+    """Line of a key, else of its table, else 0. Reads headers and keys only: enough to point, not to parse."""
+    header, index, best = "", -1, 0
+    counts: dict[str, int] = {}
+    wanted_header = str(location[0]) if location else ""
+    wanted_index = location[1] if len(location) > 1 and isinstance(location[1], int) else None
+    keys = [str(part) for part in location if isinstance(part, str)]
+    for number, line in enumerate(text.splitlines(), start=1):
+        if match := _HEADER.match(line):
+            header = match.group(1)
+            index = counts.get(header, -1) + 1
+            counts[header] = index
+            if header == wanted_header and wanted_index in {None, index}:
+                best = number
+        elif match := _KEY.match(line):
+            inside = header == wanted_header and wanted_index in {None, index} and len(keys) > 1
+            if (inside and match.group(1) == keys[1]) or (not header and keys and match.group(1) == keys[0]):
+                return number
+    return best

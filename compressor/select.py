@@ -1,0 +1,132 @@
+"""Which candidate ships to which device class, and why, in sentences.
+
+Pure. Never chooses an 8 bit file that is not faster than its float parent. The choice rests on accuracies and
+sizes, which are the same in every run; measured times only admit or refuse, with a margin, so that two runs on
+one machine choose alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compressor.candidate import Candidate, Gate, Verdict
+from compressor.gates import class_gates, failed, refuse
+from compressor.recipe import DeviceClassTable, SelectTable
+
+RANK = "varied"
+
+
+def choose(
+    candidates: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable, *, kind: str
+) -> tuple[Verdict, ...]:
+    """One verdict for each candidate; exactly one is chosen. `kind` names them in errors: "model", "fallback".
+
+    Raises:
+        GateFailed: no candidate passes every gate of this device class.
+    """
+    gates = {candidate.name: _gates(candidate, device) for candidate in candidates}
+    slower = {c.name: text for c in candidates if (text := _not_worth_it(c, candidates, rules))}
+    eligible = [c for c in candidates if not failed(gates[c.name]) and c.name not in slower]
+    if not eligible:
+        raise refuse(device, kind, tuple(candidates))
+    winner = _best(eligible, device, rules)
+    verdicts = []
+    for candidate in candidates:
+        chosen = candidate is winner
+        if chosen:
+            reason, plain = _why_chosen(candidate, eligible, device, rules)
+        else:
+            reason, plain = _why_not(candidate, winner, gates[candidate.name], slower, device, rules), ""
+        verdicts.append(Verdict(candidate.name, device.name, chosen, reason, plain, gates[candidate.name]))
+    return tuple(verdicts)
+
+
+def chosen(verdicts: Sequence[Verdict]) -> Verdict:
+    return next(verdict for verdict in verdicts if verdict.chosen)
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> tuple[str, ...]:
+    """Names of the candidates no other one beats in accuracy, latency and size at once."""
+    return tuple(c.name for c in candidates if not any(_dominates(other, c) for other in candidates))
+
+
+def _dominates(left: Candidate, right: Candidate) -> bool:
+    pairs = (
+        (-left.accuracy[RANK], -right.accuracy[RANK]),
+        (left.latency.cpu_p20_us, right.latency.cpu_p20_us),
+        (left.variant.size_bytes, right.variant.size_bytes),
+    )
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def _gates(candidate: Candidate, device: DeviceClassTable) -> tuple[Gate, ...]:
+    return candidate.gates + class_gates(
+        device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes
+    )
+
+
+def _not_worth_it(candidate: Candidate, candidates: Sequence[Candidate], rules: SelectTable) -> str:
+    """Why an 8 bit variant is refused against its float parent; "" when it is not."""
+    if candidate.variant.precision == "float32":
+        return ""
+    parents = [
+        c for c in candidates
+        if c.variant.model.name == candidate.variant.model.name and c.variant.precision == "float32"
+    ]  # fmt: skip
+    if not parents:
+        return ""
+    mine, theirs = candidate.latency.cpu_p20_us, parents[0].latency.cpu_p20_us
+    if mine * rules.min_speedup <= theirs:
+        return ""
+    how = "slower" if mine > theirs else "not clearly faster"
+    return f"{how} than its float parent ({mine:.0f} against {theirs:.0f} us): smaller alone is not enough"
+
+
+def _best(eligible: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable) -> Candidate:
+    if device.prefer == "size":
+        return min(eligible, key=lambda c: (c.variant.size_bytes, -c.accuracy[RANK], c.name))
+    top = max(c.accuracy[RANK] for c in eligible)
+    equals = [c for c in eligible if c.accuracy[RANK] >= top - rules.tie]
+    return min(equals, key=lambda c: (c.variant.size_bytes, -c.accuracy[RANK], c.name))
+
+
+def _why_chosen(
+    winner: Candidate, eligible: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable
+) -> tuple[str, str]:
+    """(sentence with measured times, sentence without)."""
+    budget = f"within the budget of '{device.name}'"
+    if len(eligible) == 1:
+        plain = f"the only candidate {budget}"
+    elif device.prefer == "size":
+        plain = f"the smallest of {len(eligible)} candidates {budget}"
+    else:
+        top = max(c.accuracy[RANK] for c in eligible)
+        if winner.accuracy[RANK] >= top:
+            plain = f"the most accurate of {len(eligible)} candidates {budget}"
+        else:
+            plain = f"the smallest of those within {rules.tie:g} of the most accurate {budget}"
+    facts = f"accuracy {winner.accuracy[RANK]:.3f} over harmless variations, {winner.variant.size_bytes:,} bytes"
+    return f"{plain}: {facts}, {winner.latency.cpu_p20_us:.0f} us of CPU", f"{plain}: {facts}"
+
+
+def _why_not(
+    candidate: Candidate, winner: Candidate, gates: tuple[Gate, ...], slower: dict[str, str],
+    device: DeviceClassTable, rules: SelectTable,
+) -> str:  # fmt: skip
+    if broken := failed(gates):
+        return "; ".join(_refusal(gate) for gate in broken)
+    if candidate.name in slower:
+        return slower[candidate.name]
+    if device.prefer == "size":
+        return f"larger than '{winner.name}' ({candidate.variant.size_bytes:,} against {winner.variant.size_bytes:,})"
+    difference = winner.accuracy[RANK] - candidate.accuracy[RANK]
+    if difference > rules.tie:
+        return f"less accurate than '{winner.name}' by {difference:.3f}"
+    if candidate.variant.size_bytes > winner.variant.size_bytes:
+        return f"not clearly more accurate than '{winner.name}', but larger ({candidate.variant.size_bytes:,} bytes)"
+    return f"less accurate than '{winner.name}' by {difference:.4f}, and below the best by more than {rules.tie:g}"
+
+
+def _refusal(gate: Gate) -> str:
+    relation = "below" if gate.at_least else "above"
+    return f"{gate.name} {gate.measured:,.4g} is {relation} {gate.limit:,.4g} {gate.unit}".rstrip()
