@@ -13,7 +13,7 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -109,7 +109,7 @@ class Reference:
     guard: GuardStatistics
     claim: Claim
     detectability: tuple[Detectability, ...] = ()
-    settings: dict[str, float] | None = None
+    settings: dict[str, float] = field(default_factory=dict)
 
     def fixed_point(self) -> FixedPoint:
         """How rows of this view become integers in drift windows."""
@@ -120,7 +120,7 @@ class Reference:
         return hashlib.sha256(dump_reference(self)).hexdigest()
 
 
-_ARRAYS: Final = tuple(field.name for field in fields(Reference) if field.type in {"Array", Array})
+_ARRAYS: Final = tuple(one.name for one in fields(Reference) if one.type == "Array")
 _NUMBERS: Final = ("threshold", "score_cap", "rows")
 
 
@@ -135,7 +135,7 @@ def dump_reference(reference: Reference) -> bytes:
         "guard": asdict(reference.guard),
         "claim": asdict(reference.claim),
         "detectability": [asdict(line) for line in reference.detectability],
-        "settings": reference.settings,
+        "settings": {name: float(value) for name, value in reference.settings.items()},
         **{name: getattr(reference, name) for name in _NUMBERS},
     }
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
@@ -161,7 +161,7 @@ def load_reference(source: Path | bytes) -> Reference:
     members = _members(raw)
     try:
         reference = _assemble(members)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise Corrupt(f"reference.npz: {type(error).__name__}: {error}", hint=_HINT) from None
     _check(reference)
     return reference
@@ -240,9 +240,9 @@ def _assemble(members: Mapping[str, Array]) -> Reference:
         score_cap=float(about["score_cap"]),
         rows=int(about["rows"]),
         guard=_guard(about["guard"]),
-        claim=Claim(**about["claim"]),
-        detectability=tuple(Detectability(**line) for line in about["detectability"]),
-        settings=about["settings"],
+        claim=_claim(about["claim"]),
+        detectability=tuple(_detectability(line) for line in about["detectability"]),
+        settings={str(name): float(value) for name, value in about["settings"].items()},
         **{name: members[name] for name in _ARRAYS},
     )
 
@@ -251,6 +251,26 @@ def _names(value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ValueError("a list of names was expected")
     return tuple(value)
+
+
+def _claim(value: Mapping[str, Any]) -> Claim:
+    counts = {
+        name: int(value[name]) for name in ("rows_per_alarm", "replayed_rows", "distinct_rows", "orders", "alarms")
+    }
+    return Claim(**counts, confidence=float(value["confidence"]), text=str(value["text"]))
+
+
+def _detectability(value: Mapping[str, Any]) -> Detectability:
+    def maybe(number: Any) -> float | None:
+        return None if number is None else float(number)
+
+    return Detectability(
+        fault=str(value["fault"]),
+        runs=int(value["runs"]),
+        median_delay_rows=maybe(value["median_delay_rows"]),
+        found_share=float(value["found_share"]),
+        named_share=maybe(value["named_share"]),
+    )
 
 
 def _guard(value: Mapping[str, Any]) -> GuardStatistics:
@@ -278,7 +298,9 @@ def _check(reference: Reference) -> None:
         raise Corrupt(f"reference.npz: shapes do not fit: {', '.join(wrong) or 'empty or too many'}", hint=_HINT)
     if not all(np.isfinite(getattr(reference, name)).all() for name in shapes):
         raise Corrupt("reference.npz holds numbers that are not finite", hint=_HINT)
-    if sorted(set(reference.channel_of.tolist())) != list(range(c)):
+    if sorted(set(reference.channel_of.tolist())) != list(range(c)) or set(reference.groups) != set(
+        reference.channels
+    ):
         raise Corrupt("reference.npz: features and channels do not fit together", hint=_HINT)
     positive = (reference.scale.min(), reference.naming_scale.min(), reference.threshold, reference.score_cap)
     if not all(np.isfinite(value) and value > 0 for value in positive):

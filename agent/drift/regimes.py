@@ -237,8 +237,8 @@ class RegimeMonitor:
 
 def whitening(covariance: NDArray[Any]) -> Floats:
     """W with W covariance W^T = 1: the inverse of the Cholesky factor. Raises: numpy.linalg.LinAlgError."""
-    inverse: Floats = np.linalg.inv(np.linalg.cholesky(np.asarray(covariance, dtype=np.float64)))
-    return inverse
+    factor = np.linalg.cholesky(np.asarray(covariance, dtype=np.float64))
+    return np.asarray(np.linalg.inv(factor), dtype=np.float64)
 
 
 def block_whitening(covariance: NDArray[Any], channel_of: NDArray[Any]) -> Floats:
@@ -250,5 +250,5 @@ def block_whitening(covariance: NDArray[Any], channel_of: NDArray[Any]) -> Float
 def channel_share(channel_of: NDArray[Any]) -> Floats:
     """(features, channels): multiplying squares by it gives each channel's mean square."""
     member = np.eye(int(channel_of.max()) + 1)[channel_of]
-    share: Floats = (member / member.sum(axis=0)).astype(np.float64)
+    share: Floats = np.asarray(member / member.sum(axis=0), dtype=np.float64)
     return share
