@@ -39,6 +39,8 @@ RIDGE: Final = 1e-3
 CLAIM_ORDERS: Final = 60
 CONFIDENCE: Final = 0.95
 FOUND_WITHIN_ROWS: Final = 60
+CLEAN_ROWS: Final = 60
+SESSION_ROWS: Final = 370  # what one wearer's session holds in the wrist data
 SEED: Final = 20260101
 
 # upper 95 % bound m of a Poisson mean after k events: P(at most k | m) = 0.05
@@ -197,9 +199,9 @@ def measure_detectability(
     touched: Mapping[str, tuple[str, ...]],
     *,
     runs: int = 20,
-    clean_rows: int = 60,
 ) -> tuple[Detectability, ...]:
-    """Inject each fault into a clean stream at a random row and see when it is found and who is named.
+    """Inject each fault into a clean stream, after CLEAN_ROWS to twice as many, and see when it is found and
+    who is named. A run ends after SESSION_ROWS rows of the fault.
 
     faulty: the same windows as `clean`, row by row, under each fault; touched: channels the fault changes.
     """
@@ -210,8 +212,8 @@ def measure_detectability(
         delays, named = [], []
         for _ in range(runs):
             order = _shuffled_recordings(clean.recordings, generator)
-            start = int(generator.integers(clean_rows, max(clean_rows + 1, len(order) // 2)))
-            delay, first = _one_run(monitor, clean[order[:start]], rows[order[start:]])
+            start = int(generator.integers(CLEAN_ROWS, 2 * CLEAN_ROWS))
+            delay, first = _one_run(monitor, clean[order[:start]], rows[order[start : start + SESSION_ROWS]])
             delays.append(delay)
             if np.isfinite(delay):
                 named.append(first in touched[fault])

@@ -2,7 +2,8 @@
 
 The guard judges one window; a window may be odd for a good reason. A fault is what stays. Constants are
 those measured on the wrist data (three windows in a row for a channel that does not move, six of the last
-eight for a unit change); none of them fired on 2,225 clean rows.
+eight for a unit change); dead and scale fired on none of 2,393 held-out windows of known wearers and 3,200 of new
+ones.
 """
 
 from __future__ import annotations
