@@ -20,7 +20,8 @@ from agent.contract.tensors import Array
 MAX_CHANNELS = 64
 MIN_WINDOW = 8  # shorter inputs say nothing about a channel's movement
 KINDS = ("dead", "stuck", "range", "not_finite", "scale")
-NO_BITS = (0, 0, 0, 0, 0)
+Bits = tuple[int, int, int, int, int]
+NO_BITS: Bits = (0, 0, 0, 0, 0)
 
 Flags = NDArray[np.bool_]  # (rows, channels)
 
@@ -38,9 +39,12 @@ class Verdict:
     text: str = ""
     bits: NDArray[np.uint64] | None = None
 
-    def row_bits(self, row: int) -> tuple[int, ...]:
+    def row_bits(self, row: int) -> Bits:
         """The five bit fields of one row, in the order of KINDS."""
-        return NO_BITS if self.bits is None else tuple(self.bits[:, row].tolist())
+        if self.bits is None:
+            return NO_BITS
+        dead, stuck, beyond, not_finite, scale = self.bits[:, row].tolist()
+        return dead, stuck, beyond, not_finite, scale
 
 
 class Guard:

@@ -73,7 +73,9 @@ def _load(service: ServicePlan, index: int, plan: EnginePlan) -> tuple[Seat | No
         _check_siblings(service.engines[0], plan)
         wrong = _golden_fault(engine, plan)
     except (ArtifactError, EngineFailed) as error:
-        return None, EngineLoaded(service.service, plan.engine, 0.0, False, error.code, error.sentence())
+        return None, EngineLoaded(
+            service.service, plan.engine, 0.0, golden_ok=False, error_code=error.code, error=error.sentence()
+        )
     elapsed_ms = (clock.monotonic_ns() - start) / 1e6
     report = EngineLoaded(
         service.service,

@@ -160,7 +160,9 @@ def _free(name: str) -> Any:
 
 def _raising() -> onnx.GraphProto:
     shape = helper.make_tensor("shape", TensorProto.INT64, [2], [7, 1000])
-    return helper.make_graph([helper.make_node("Reshape", ["soft", "shape"], ["bad"])], "bad", [], [_free("bad")], [shape])
+    return helper.make_graph(
+        [helper.make_node("Reshape", ["soft", "shape"], ["bad"])], "bad", [], [_free("bad")], [shape]
+    )
 
 
 def _not_a_number() -> onnx.GraphProto:

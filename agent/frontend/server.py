@@ -1,0 +1,405 @@
+"""HTTP/1.1 for one worker: sockets, strict parsing, limits, pipelining, drain. What a path means is its handler's.
+
+httptools (llhttp in strict mode) parses; everything it lets pass that has two readings is refused here: chunked
+bodies, an upgrade, a missing or doubled Host. Every error is a status and exactly {"error": "..."}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+import msgspec
+
+from agent import clock
+from agent.contract.tensors import HEADER_LENGTH, Buffer
+
+MAX_HEAD_BYTES = 16 * 1024
+MAX_HEADERS = 100
+MAX_URL_BYTES = 4 * 1024
+MAX_PIPELINED = 32  # unanswered requests of one connection before it is not read any more
+MAX_CONNECTIONS = 512
+SLOW_S = 10.0  # for a request to arrive...
+SLOWEST_BYTES_PER_S = 64 * 1024  # ...plus its size at this speed
+LINGER_S = 2.0  # how long a refused client may go on sending before it is cut off
+ACCEPTS_PER_TURN = 16
+JSON = "application/json"
+BINARY = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """One complete request; header names are lower case. `arrival_ns`: monotonic, when its last byte was read."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes
+    arrival_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class HttpResponse:
+    """`json_bytes`: length of the JSON before binary tensors; 0 = all JSON."""
+
+    status: int
+    parts: Sequence[Buffer]
+    json_bytes: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+Reply = Callable[[HttpResponse], None]
+Handler = Callable[[HttpRequest, Reply], None]
+
+
+def error_response(status: int, text: str, headers: dict[str, str] | None = None) -> HttpResponse:
+    """A status and exactly {"error": "..."}."""
+    return HttpResponse(status, (msgspec.json.encode({"error": text}),), headers=headers or {})
+
+
+class Server:
+    """Accepts on inherited sockets and answers through a handler. Owned by the event loop's thread."""
+
+    def __init__(self, handler: Handler, *, max_body_bytes: int, max_connections: int = MAX_CONNECTIONS) -> None:
+        self.handler = handler
+        self.max_body_bytes = max_body_bytes
+        self.draining = False
+        self.connections: set[Connection] = set()
+        self._max_connections = max_connections
+        self._listeners: list[socket.socket] = []
+        self._joining: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._accepted = 0
+        self._refused = 0
+        self.malformed = 0
+
+    def listen(self, listener: socket.socket) -> None:
+        """Accept on a listening socket that stays open when this server goes: others wait in its queue."""
+        listener.settimeout(0)
+        self._listeners.append(listener)
+        # accepting here, not through loop.create_server, which would close (and unlink) what belongs to the agent
+        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        if self._timer is None:
+            self._sweep()
+
+    async def drain(self, limit_s: float) -> None:
+        """Stop accepting, close idle connections, finish busy ones, at most for `limit_s`."""
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.remove_reader(listener)
+        end = loop.time() + limit_s
+        while self.connections and loop.time() < end:
+            for connection in tuple(self.connections):
+                connection.close_if_idle()
+            await asyncio.sleep(0.01)
+        self.close()
+
+    def close(self) -> None:
+        """Stop at once; the listening sockets stay open."""
+        for listener in self._listeners:
+            asyncio.get_running_loop().remove_reader(listener)
+        self._listeners.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        for connection in tuple(self.connections):
+            connection.abort()
+
+    def statistics(self) -> dict[str, float]:
+        """Open connections and totals: accepted, refused for lack of room, malformed requests."""
+        return {
+            "connections": len(self.connections),
+            "accepted": self._accepted,
+            "refused_connections": self._refused,
+            "malformed": self.malformed,
+        }
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(ACCEPTS_PER_TURN):
+            try:
+                sock, _ = listener.accept()
+            except BlockingIOError:
+                return
+            except OSError:  # out of descriptors: the client waits in the queue until one is free
+                self._pause_accepting(listener)
+                return
+            if not self._make_room():
+                _turn_away(sock)
+                self._refused += 1
+                continue
+            sock.settimeout(0)
+            self._accepted += 1
+            joining = asyncio.ensure_future(
+                asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(self), sock)
+            )
+            self._joining.add(joining)
+            joining.add_done_callback(self._joining.discard)
+
+    def _pause_accepting(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(listener)
+        loop.call_later(1.0, self._resume_accepting, listener)
+
+    def _resume_accepting(self, listener: socket.socket) -> None:
+        if listener in self._listeners and not self.draining:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+
+    def _make_room(self) -> bool:
+        """At the limit the connection that has been idle longest goes; it may come back when it has a request."""
+        if len(self.connections) + len(self._joining) < self._max_connections:
+            return True
+        idle = [connection for connection in self.connections if connection.idle]
+        if not idle:
+            return False
+        min(idle, key=lambda connection: connection.last_ns).abort()
+        return True
+
+    def _sweep(self) -> None:
+        now_ns = clock.monotonic_ns()
+        for connection in tuple(self.connections):
+            connection.check_pace(now_ns)
+        self._timer = asyncio.get_running_loop().call_later(0.5, self._sweep)
+
+
+class _Refused(Exception):
+    """Raised inside parser callbacks; the connection knows why."""
+
+
+class _Pending:
+    """A request whose response has not been written yet."""
+
+    __slots__ = ("closing", "response")
+
+    def __init__(self, *, closing: bool) -> None:
+        self.closing = closing
+        self.response: bytes | None = None
+
+
+class Connection(asyncio.Protocol):
+    """One client. Requests may be pipelined; responses go out in their order."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._parser = httptools.HttpRequestParser(self)
+        self._transport: Any = None
+        self._pending: deque[_Pending] = deque()
+        self._refusal: tuple[int, str] | None = None
+        self._discarding_since_ns = 0  # a refused client is read and ignored for a moment, so that it sees why
+        self._reading_since_ns = 0  # 0 = between requests
+        self._in_head = False
+        self._partial_bytes = 0
+        self._paused = False
+        self._write_paused = False
+        self.last_ns = clock.monotonic_ns()
+        self.on_message_begin()
+        self._reading_since_ns = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being read, answered or refused."""
+        return not (self._pending or self._reading_since_ns or self._discarding_since_ns)
+
+    # --- asyncio ---------------------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        self._server.connections.add(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._server.connections.discard(self)
+        self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarding_since_ns:
+            return
+        self.last_ns = clock.monotonic_ns()
+        was_in_head = self._in_head
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            self._refuse(*(self._refusal or self._bug(error)))
+        except httptools.HttpParserError:
+            self._refuse(400, "the request is not well-formed HTTP/1.1")
+        except httptools.HttpParserUpgrade:
+            self._refuse(400, "no other protocol is spoken here")
+        else:
+            if was_in_head and self._in_head:
+                self._partial_bytes += len(data)
+                if self._partial_bytes > MAX_HEAD_BYTES:
+                    self._refuse(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes")
+
+    def eof_received(self) -> bool:
+        """Keep the connection half open while answers are still owed."""
+        if not self._pending:
+            return False
+        self._pending[-1].closing = True
+        return True
+
+    def pause_writing(self) -> None:
+        self._write_paused = True
+        self._balance()
+
+    def resume_writing(self) -> None:
+        self._write_paused = False
+        self._balance()
+
+    # --- httptools -------------------------------------------------------------------------------------------
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._headers: dict[str, str] = {}
+        self._head_bytes = self._partial_bytes = 0
+        self._body: list[bytes] = []
+        self._size = 0
+        self._in_head = True
+        self._reading_since_ns = self.last_ns
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
+        if len(self._url) > MAX_URL_BYTES:
+            self._stop(414, f"the request's path is over {MAX_URL_BYTES} bytes")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES or len(self._headers) >= MAX_HEADERS:
+            self._stop(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} lines")
+        key = name.decode("latin-1").lower()
+        if key in ("host", "content-length", "inference-header-content-length") and key in self._headers:
+            self._stop(400, f"the header {key} is given twice")
+        self._headers[key] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        headers, version = self._headers, self._parser.get_http_version()
+        if version not in ("1.1", "1.0"):
+            self._stop(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if "host" not in headers and version == "1.1":
+            self._stop(400, "the Host header is missing")
+        if "transfer-encoding" in headers:
+            self._stop(400, "bodies in chunks are not accepted, send a Content-Length")
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            self._stop(415, "compressed bodies are not accepted")
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()):
+            self._stop(400, "the Content-Length is not a number")
+        self._size = int(length)
+        if self._size > self._server.max_body_bytes:
+            self._stop(413, f"the body has {self._size} bytes, at most {self._server.max_body_bytes} are accepted")
+        if headers.get("expect", "").lower() == "100-continue" and self._size and not self._pending:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        self._body.append(body)
+
+    def on_message_complete(self) -> None:
+        self._reading_since_ns = 0
+        pending = _Pending(closing=not self._parser.should_keep_alive())
+        self._pending.append(pending)
+        method = self._parser.get_method().decode("latin-1")
+        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns)
+        self._body = []
+        self._server.handler(request, lambda response: self._reply(pending, response))
+        if len(self._pending) > MAX_PIPELINED:
+            self._balance()
+
+    # --- answering -------------------------------------------------------------------------------------------
+    def close_if_idle(self) -> None:
+        """For a draining server: between requests, nobody loses anything."""
+        if self.idle and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def check_pace(self, now_ns: int) -> None:
+        """Refuse a request that takes too long to arrive; cut off a refused client that does not go."""
+        if self._discarding_since_ns:
+            if now_ns - self._discarding_since_ns > LINGER_S * 1e9:
+                self.abort()
+            return
+        allowed_s = SLOW_S + self._size / SLOWEST_BYTES_PER_S
+        if self._reading_since_ns and now_ns - self._reading_since_ns > allowed_s * 1e9:
+            self._refuse(408, f"the request did not arrive within {allowed_s:.0f} s")
+
+    def _stop(self, status: int, text: str) -> None:
+        self._refusal = (status, text)
+        raise _Refused
+
+    def _bug(self, error: httptools.HttpParserCallbackError) -> tuple[int, str]:
+        """A handler raised what it should not: told to the process loop, which counts it; the worker lives on."""
+        context = {"message": "a request handler failed", "exception": error.__context__ or error}
+        asyncio.get_running_loop().call_exception_handler(context)
+        return 500, "internal error"
+
+    def _refuse(self, status: int, text: str) -> None:
+        """Answer what was asked before, then this error, then nothing more."""
+        self._server.malformed += 1
+        self._discarding_since_ns = self.last_ns = clock.monotonic_ns()
+        self._reading_since_ns = 0
+        pending = _Pending(closing=True)
+        self._pending.append(pending)
+        self._reply(pending, error_response(status, text))
+
+    def _reply(self, pending: _Pending, response: HttpResponse) -> None:
+        pending.closing = pending.closing or self._server.draining
+        pending.response = _encode(response, closing=pending.closing)
+        while self._pending and self._pending[0].response is not None:
+            self._write(self._pending.popleft())
+        if self._paused:
+            self._balance()
+
+    def _write(self, pending: _Pending) -> None:
+        if self._transport is None or self._transport.is_closing() or pending.response is None:
+            return
+        self._transport.write(pending.response)
+        if not pending.closing:
+            return
+        if self._discarding_since_ns:
+            with contextlib.suppress(OSError):
+                self._transport.write_eof()
+        else:
+            self._pending.clear()
+            self._transport.close()
+
+    def _balance(self) -> None:
+        """Read only while the client takes its answers and is not too far ahead of them."""
+        wanted = self._write_paused or len(self._pending) > MAX_PIPELINED
+        if self._transport is None or wanted == self._paused or self._transport.is_closing():
+            return
+        self._paused = wanted
+        if wanted:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+def _encode(response: HttpResponse, *, closing: bool) -> bytes:
+    size = sum(map(len, response.parts))
+    lines = f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\nContent-Length: {size}\r\n"
+    if response.json_bytes:
+        lines += f"Content-Type: {BINARY}\r\n{HEADER_LENGTH}: {response.json_bytes}\r\n"
+    else:
+        lines += f"Content-Type: {JSON}\r\n"
+    for name, value in response.headers.items():
+        lines += f"{name}: {value}\r\n"
+    if closing:
+        lines += "Connection: close\r\n"
+    return b"".join((lines.encode("latin-1"), b"\r\n", *response.parts))
+
+
+def _turn_away(sock: socket.socket) -> None:
+    response = error_response(503, "too many connections are open", {"Retry-After": "1"})
+    with sock, contextlib.suppress(OSError):
+        sock.settimeout(0)
+        sock.send(_encode(response, closing=True))

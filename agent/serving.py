@@ -1,0 +1,557 @@
+"""One request: guard, admit, run, fail over within the same request, observe. A watchdog thread ends stuck runs.
+
+Knows nothing of HTTP. Quick models run on the event loop's thread, slow ones on a thread per service behind a bounded
+queue, so that probes stay answered. Which engine is first is the agent process's decision; going on to the next one
+when an engine fails is this module's, because it cannot wait for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from agent import clock
+from agent.contract.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    UnknownModel,
+)
+from agent.contract.plan import EngineKind, EngineTrouble, ServicePlan
+from agent.contract.tensors import Array, Tensor, check_shape
+from agent.engine import Engine, RunControl
+from agent.guard import NO_BITS, Guard, Verdict
+from agent.lineup import Lineup, Seat
+from agent.observation import MAX_ROWS, NO_CLASS, NO_ENGINE, VIEW_WIDTH, Observation, Outcome, RingWriter
+
+INLINE_US = 300.0  # quicker runs cost less than handing them to another thread and back
+MAX_BATCH_ROWS = 4096
+MAX_DEADLINE_MS = 3_600_000.0
+TICK_S = 0.01  # the watchdog's resolution
+IDLE_TICKS = 100
+UNSTOPPABLE_S = 1.0  # how long a run may outlive its end order beyond `stuck_after_s`
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One decoded request. `outputs`: names asked for, empty = all. `data_time_s`: NaN = not given."""
+
+    service: str
+    inputs: Mapping[str, Array]
+    arrival_ns: int
+    outputs: Sequence[str] = ()
+    version: str = ""
+    deadline_ms: float | None = None
+    data_time_s: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Public outputs and how they came about. Hidden view outputs are never in here."""
+
+    outputs: tuple[Tensor, ...]
+    engine: str
+    digest: str
+    version: str
+    reason: str
+    guard: str
+
+
+Done = Callable[[Answer | ServingError], None]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals of one service since the worker started; written by the event loop's thread only."""
+
+    requests: int = 0
+    rows: int = 0
+    answered: int = 0
+    failed: int = 0
+    by_outcome: list[int] = field(default_factory=lambda: [0] * len(Outcome))
+    queue_us: float = 0.0
+    latency_us: float = 0.0
+    last_wall_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    seat: Seat
+    code: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What running a request came to, before anybody is told."""
+
+    outcome: Outcome
+    reply: Answer | ServingError
+    first: int
+    verdict: Verdict | None = None
+    seat: Seat | None = None
+    raw: Mapping[str, Array] | None = None
+    troubles: tuple[_Trouble, ...] = ()
+    queue_us: float = 0.0
+
+
+class Watch:
+    """The current run of one thread, for the watchdog to see."""
+
+    def __init__(self, dog: Watchdog) -> None:
+        self._dog = dog
+        self._lock = threading.Lock()
+        self._control = RunControl()
+        self._limit_ns = 0
+        self.started_ns = 0  # 0 = nothing runs
+
+    def run(self, engine: Engine, feeds: Mapping[str, Array], limit_ns: int) -> dict[str, Array]:
+        """Run, to be ended at `limit_ns` (monotonic). Raises: EngineFailed."""
+        self._limit_ns = limit_ns
+        self.started_ns = clock.monotonic_ns()
+        self._dog.notice()
+        try:
+            return engine.run(feeds, control=self._control)
+        finally:
+            with self._lock:
+                self.started_ns = 0
+                self._control.rearm()
+
+    def end(self) -> None:
+        """End the run, whatever its limit."""
+        with self._lock:
+            if self.started_ns:
+                self._control.stop()
+
+    def end_if_late(self, now_ns: int) -> None:
+        """End the run if its time is over; the lock keeps the order from reaching the run after it."""
+        with self._lock:
+            if self.started_ns and now_ns > self._limit_ns:
+                self._control.stop()
+
+
+class Watchdog:
+    """One thread that ends runs at their limit. Sleeps while nothing runs."""
+
+    def __init__(self, stuck_after_s: float, on_unstoppable: Callable[[], None]) -> None:
+        """`on_unstoppable` is called, on this thread, when a run ignores its end order: only a new process helps."""
+        self._fatal_ns = int((stuck_after_s + UNSTOPPABLE_S) * 1e9)
+        self._on_unstoppable = on_unstoppable
+        self._watches: list[Watch] = []
+        self._closing = threading.Event()
+        self._wake = threading.Event()
+        self._asleep = False
+        self._thread = threading.Thread(target=self._patrol, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self) -> Watch:
+        """A watch for one more thread."""
+        watch = Watch(self)
+        self._watches.append(watch)
+        return watch
+
+    def notice(self) -> None:
+        """A run starts."""
+        if self._asleep:
+            self._wake.set()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._wake.set()
+        self._thread.join()
+
+    def _patrol(self) -> None:
+        idle = 0
+        while not self._closing.wait(TICK_S):
+            now_ns = clock.monotonic_ns()
+            idle += 1
+            for watch in self._watches:
+                watch.end_if_late(now_ns)
+                started_ns = watch.started_ns
+                if started_ns:
+                    idle = 0
+                if started_ns and now_ns - started_ns > self._fatal_ns:
+                    self._on_unstoppable()
+            if idle > IDLE_TICKS:
+                self._sleep()
+                idle = 0
+
+    def _sleep(self) -> None:
+        # `asleep` first, then look: a run that starts in between sees it and sets the event
+        self._asleep = True
+        if not any(watch.started_ns for watch in self._watches):
+            self._wake.wait()
+        self._asleep = False
+        self._wake.clear()
+
+
+class Service:
+    """One served name: its plan, its lineup (replaced by assignment), its guard and its counters."""
+
+    def __init__(self, index: int, plan: ServicePlan, lineup: Lineup) -> None:
+        self.index = index
+        self.plan = plan
+        self.lineup = lineup
+        self.guard = None if plan.guard is None else Guard(plan.guard)
+        self.signature = plan.engines[0]
+        self.version = str(next(e.version for e in plan.engines if e.engine == plan.active))
+        self.counters = Counters()
+        self.waiting = 0  # requests in the queue or on the service's thread
+        self.run_us = lineup.slowest_us  # smoothed time of a request on the service's thread
+
+    @property
+    def ready(self) -> bool:
+        """Whether anything but silence can answer."""
+        return bool(self.lineup.seats)
+
+    def check(self, request: Request) -> int:
+        """Compare a request with the plan; returns its rows, the length of the first axis.
+
+        Raises:
+            InvalidRequest, UnknownModel: naming what is wrong, what was expected and what was given.
+        """
+        if request.version and request.version != self.version:
+            raise UnknownModel(f"'{self.plan.service}' has no version {request.version}, it serves {self.version}")
+        expected = {tensor.name: tensor for tensor in self.signature.inputs}
+        if request.inputs.keys() != expected.keys():
+            given = ", ".join(request.inputs) or "none"
+            raise InvalidRequest(f"'{self.plan.service}' takes the inputs {', '.join(expected)}, given were {given}")
+        outputs = [output.name for output in self.signature.outputs]
+        unknown = [name for name in request.outputs if name not in outputs]
+        if unknown:
+            raise InvalidRequest(f"'{self.plan.service}' has no output '{unknown[0]}', only {', '.join(outputs)}")
+        for name, array in request.inputs.items():
+            check_shape(name, expected[name].shape, array.shape)
+        if request.deadline_ms is not None and not 0 < request.deadline_ms <= MAX_DEADLINE_MS:
+            raise InvalidRequest(f"ew_deadline_ms must be above 0 and at most {MAX_DEADLINE_MS:.0f}")
+        return _rows(request)
+
+    def deadline_ns(self, request: Request) -> int:
+        """When the answer is due, monotonic."""
+        return request.arrival_ns + int((request.deadline_ms or self.plan.deadline_ms) * 1e6)
+
+
+class Serving:
+    """All services of a worker. `submit` is called on the event loop's thread and never waits for a queue."""
+
+    def __init__(
+        self,
+        services: Sequence[Service],
+        ring: RingWriter,
+        *,
+        stuck_after_s: float,
+        on_unstoppable: Callable[[], None],
+        on_trouble: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_trouble` is called on the event loop's thread when `take_troubles` has something new."""
+        self.services = {service.plan.service: service for service in services}
+        self._ring = ring
+        self._stuck_ns = int(stuck_after_s * 1e9)
+        self._dog = Watchdog(stuck_after_s, on_unstoppable)
+        self._watch = self._dog.watch()
+        self._runners: dict[str, _Runner] = {}
+        self._troubles: dict[tuple[str, str, str], EngineTrouble] = {}
+        self._on_trouble = on_trouble
+
+    def service(self, name: str) -> Service:
+        """Raises: UnknownModel: no service has this name."""
+        if name not in self.services:
+            raise UnknownModel(f"there is no model '{name[:60]}', served are: {', '.join(self.services)}")
+        return self.services[name]
+
+    def submit(self, request: Request, done: Done) -> None:
+        """Answer a request through `done`, on this thread: at once, or when its turn has come.
+
+        Raises:
+            InvalidRequest, UnknownModel: the request does not fit the service; `done` is not called.
+        """
+        service = self.service(request.service)
+        rows = service.check(request)
+        if rows * service.lineup.slowest_us < INLINE_US:
+            self._finish(service, request, _Attempt(service, request, self._watch, self._stuck_ns).run(), done)
+            return
+        refusal = _refusal(service, request)
+        if refusal is not None:
+            self._finish(service, request, refusal, done)
+            return
+        if request.service not in self._runners:
+            self._runners[request.service] = _Runner(service, self._dog.watch(), self._stuck_ns)
+        service.waiting += 1
+        self._runners[request.service].put(request, lambda result: self._leave(service, request, result, done))
+
+    def prefer(self, service_name: str, engine: str, reason: str) -> None:
+        """Let `engine` answer first from the next request on.
+
+        Raises:
+            UnknownModel: no such service, or no usable engine of this name.
+        """
+        service = self.service(service_name)
+        service.lineup = service.lineup.prefer(engine, active=service.plan.active, reason=reason)
+
+    def take_troubles(self) -> list[EngineTrouble]:
+        """Failed runs since the last call, one entry per service, engine and code."""
+        troubles = list(self._troubles.values())
+        self._troubles.clear()
+        return troubles
+
+    def statistics(self) -> dict[str, float]:
+        """Totals over all services, and what is waiting now."""
+        every = [service.counters for service in self.services.values()]
+        numbers: dict[str, float] = {
+            "requests": sum(c.requests for c in every),
+            "rows": sum(c.rows for c in every),
+            "errors": sum(c.failed for c in every),
+            "waiting": sum(service.waiting for service in self.services.values()),
+            "observations": self._ring.written,
+        }
+        for outcome in Outcome:
+            numbers[outcome.name.lower()] = sum(c.by_outcome[outcome] for c in every)
+        return numbers
+
+    def close(self) -> None:
+        """End the threads; queued requests are dropped."""
+        for runner in self._runners.values():
+            runner.close()
+        self._dog.close()
+
+    def _leave(self, service: Service, request: Request, result: _Result, done: Done) -> None:
+        service.waiting -= 1
+        elapsed_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3 - result.queue_us
+        service.run_us += 0.2 * (elapsed_us - service.run_us)
+        self._finish(service, request, result, done)
+
+    def _finish(self, service: Service, request: Request, result: _Result, done: Done) -> None:
+        done(result.reply)
+        latency_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
+        rows = _rows(request)
+        counters = service.counters
+        counters.requests += 1
+        counters.by_outcome[result.outcome] += 1
+        counters.queue_us += result.queue_us
+        counters.last_wall_s = clock.wall_s()
+        if isinstance(result.reply, Answer):
+            counters.answered += 1
+            counters.rows += rows
+            counters.latency_us += latency_us
+        else:
+            counters.failed += 1
+        for trouble in result.troubles:
+            self._note(service, trouble)
+        _observe(self._ring, service, request, result, rows, latency_us)
+
+    def _note(self, service: Service, trouble: _Trouble) -> None:
+        key = (service.plan.service, trouble.seat.plan.engine, trouble.code)
+        count = self._troubles[key].count + 1 if key in self._troubles else 1
+        self._troubles[key] = EngineTrouble(*key, trouble.text, count)
+        self._on_trouble()
+
+
+class _Runner:
+    """The thread of one service with slow engines."""
+
+    def __init__(self, service: Service, watch: Watch, stuck_ns: int) -> None:
+        self._service = service
+        self._watch = watch
+        self._stuck_ns = stuck_ns
+        self._closing = False
+        self._loop = asyncio.get_running_loop()
+        # bounded by the plan's queue_limit, which `_refusal` keeps
+        self._queue: queue.SimpleQueue[tuple[Request, Callable[[_Result], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name=f"run-{service.plan.service}", daemon=True)
+        self._thread.start()
+
+    def put(self, request: Request, done: Callable[[_Result], None]) -> None:
+        self._queue.put((request, done))
+
+    def close(self) -> None:
+        self._closing = True
+        self._watch.end()
+        self._queue.put(None)
+        self._thread.join(UNSTOPPABLE_S)
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None and not self._closing:
+            request, done = job
+            result = _Attempt(self._service, request, self._watch, self._stuck_ns).run()
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
+                self._loop.call_soon_threadsafe(done, result)
+
+
+def _refusal(service: Service, request: Request) -> _Result | None:
+    """Why a request may not even wait: the queue is full, or its turn would come after its deadline."""
+    limit_us = (request.deadline_ms or service.plan.deadline_ms) * 1e3
+    wait_us = service.waiting * service.run_us
+    if service.waiting < service.plan.queue_limit and wait_us < limit_us:
+        return None
+    error = Overloaded(
+        f"'{service.plan.service}' has {service.waiting} requests waiting, about {wait_us / 1e3:.0f} ms of work",
+        hint="Ask again later, or less often.",
+    )
+    return _Result(Outcome.OVERLOADED, error, first=_first(service.lineup))
+
+
+class _Attempt:
+    """One request on its way through the lineup. Touches nothing shared but `watch`, so any thread may run it."""
+
+    def __init__(self, service: Service, request: Request, watch: Watch, stuck_ns: int) -> None:
+        self._service = service
+        self._request = request
+        self._watch = watch
+        self._stuck_ns = stuck_ns
+        self._lineup = service.lineup  # read once: the whole request sees one order
+        self._deadline_ns = service.deadline_ns(request)
+        self._queue_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
+        self._rows = _rows(request)
+        self._verdict: Verdict | None = None
+        self._troubles: list[_Trouble] = []
+
+    def run(self) -> _Result:
+        """Guard, then ask one engine after the other until one has an answer."""
+        name = self._service.plan.service
+        if clock.monotonic_ns() > self._deadline_ns:
+            text = f"'{name}' could not begin within the deadline after {self._queue_us / 1e3:.0f} ms of waiting"
+            return self._result(Outcome.DEADLINE, DeadlineExceeded(text))
+        feeds = self._guarded()
+        if self._verdict is not None and self._verdict.refusal:
+            error = InvalidRequest(self._verdict.refusal, hint="The sensor or its driver needs attention.")
+            return self._result(Outcome.REFUSED_BY_GUARD, error)
+        seats = self._lineup.seats
+        for place, seat in enumerate(seats):
+            if seat.plan.kind is EngineKind.FLOOR and self._service.plan.floor_status != 200:
+                text = f"only the floor is left to answer for '{name}', and it is configured to refuse"
+                return self._result(Outcome.FLOOR, Overloaded(text))
+            raw = self._try(seat, feeds, behind=seats[place + 1] if place + 1 < len(seats) else None)
+            if raw is not None:
+                return self._served(seat, raw)
+        return self._unanswered()
+
+    def _guarded(self) -> Mapping[str, Array]:
+        guard, inputs = self._service.guard, self._request.inputs
+        if guard is None:
+            return inputs
+        given = inputs[guard.plan.input]
+        self._verdict = guard.check(given)
+        return inputs if self._verdict.x is given else {**inputs, guard.plan.input: self._verdict.x}
+
+    def _try(self, seat: Seat, feeds: Mapping[str, Array], *, behind: Seat | None) -> Mapping[str, Array] | None:
+        """Outputs of one engine; None, and one more trouble, when it has none to give."""
+        limit_ns, late = self._limit(behind)
+        try:
+            raw = self._watch.run(seat.engine, feeds, limit_ns)
+        except EngineFailed as error:
+            code = late if clock.monotonic_ns() > limit_ns else error.code
+            self._troubles.append(_Trouble(seat, code, str(error)))
+            return None
+        for output in seat.plan.outputs:
+            array = raw[output.name]
+            if array.dtype.kind == "f" and np.count_nonzero(np.isfinite(array)) < array.size:
+                text = f"output '{output.name}' of engine '{seat.plan.engine}' holds NaN or infinity"
+                self._troubles.append(_Trouble(seat, "non_finite", text))
+                return None
+        return raw
+
+    def _limit(self, behind: Seat | None) -> tuple[int, str]:
+        """When a run is ended, and the name of that: in time for the engine behind it, at the latest when stuck."""
+        now_ns = clock.monotonic_ns()
+        left_ns = self._deadline_ns - now_ns
+        reserve_ns = 0.0 if behind is None else 3e3 * behind.engine.warm_us * self._rows + 2e9 * TICK_S
+        due_ns = max(left_ns - reserve_ns, left_ns / 2)
+        if due_ns > self._stuck_ns:
+            return now_ns + self._stuck_ns, "stuck"
+        return now_ns + int(due_ns), DeadlineExceeded.code
+
+    def _served(self, seat: Seat, raw: Mapping[str, Array]) -> _Result:
+        plan = seat.plan
+        datatypes = {output.name: output.datatype for output in plan.outputs}
+        outcome, reason = Outcome.OK, self._lineup.reason
+        if self._troubles:
+            failed = self._troubles[-1]
+            outcome, reason = Outcome.FAILED_OVER, f"failover: {failed.seat.plan.engine} {failed.code}"
+        answer = Answer(
+            outputs=tuple(Tensor(name, datatypes[name], raw[name]) for name in self._request.outputs or datatypes),
+            engine=plan.engine,
+            digest=plan.digest,
+            version=str(plan.version),
+            reason=reason,
+            guard="" if self._verdict is None else self._verdict.text,
+        )
+        return self._result(Outcome.FLOOR if plan.kind is EngineKind.FLOOR else outcome, answer, seat, raw)
+
+    def _unanswered(self) -> _Result:
+        if not self._troubles:
+            return self._result(Outcome.ERROR, Overloaded(f"no engine of '{self._service.plan.service}' is usable"))
+        text = "; ".join(trouble.text for trouble in self._troubles)
+        if self._troubles[-1].code in (DeadlineExceeded.code, "stuck"):
+            return self._result(Outcome.DEADLINE, DeadlineExceeded(text))
+        return self._result(Outcome.ERROR, EngineFailed(text))
+
+    def _result(
+        self,
+        outcome: Outcome,
+        reply: Answer | ServingError,
+        seat: Seat | None = None,
+        raw: Mapping[str, Array] | None = None,
+    ) -> _Result:
+        return _Result(
+            outcome, reply, _first(self._lineup), self._verdict, seat, raw, tuple(self._troubles), self._queue_us
+        )
+
+
+def _observe(
+    ring: RingWriter, service: Service, request: Request, result: _Result, rows: int, latency_us: float
+) -> None:
+    """One record per row, up to MAX_ROWS."""
+    seat = result.seat
+    views = _views(result)
+    labels = None if result.raw is None else result.raw.get(service.plan.label_output)
+    for row in range(min(rows, MAX_ROWS)):
+        bits = NO_BITS if result.verdict is None else result.verdict.row_bits(row)
+        view = b"" if views is None else views[row].tobytes()
+        ring.write(
+            Observation(
+                request.arrival_ns, request.data_time_s, latency_us, result.queue_us, service.index,
+                NO_ENGINE if seat is None else seat.index, result.first, result.outcome, row, min(rows, 0xFFFF),
+                *_label(labels, row), *bits, len(view) // 4, view,
+            )
+        )  # fmt: skip
+
+
+def _views(result: _Result) -> Array | None:
+    """Hidden outputs side by side, (rows, at most VIEW_WIDTH) float32; None when the engine has none."""
+    if result.seat is None or result.raw is None or not result.seat.plan.views:
+        return None
+    arrays = [result.raw[view.output] for view in result.seat.plan.views]
+    joined = arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1)
+    return joined[:, :VIEW_WIDTH].astype("<f4", copy=False)
+
+
+def _label(labels: Array | None, row: int) -> tuple[int, float, float]:
+    """Predicted class, its share, and the entropy in nats; NaN entropy when the row is no distribution."""
+    if labels is None:
+        return NO_CLASS, math.nan, math.nan
+    shares = labels[row].ravel().tolist()
+    largest = max(shares)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
+        return shares.index(largest), largest, math.nan
+    return shares.index(largest), largest, sum(-share * math.log(share) for share in shares if share > 0)
+
+
+def _rows(request: Request) -> int:
+    first = next(iter(request.inputs.values()))
+    rows = len(first) if first.ndim else 1
+    if not 0 < rows <= MAX_BATCH_ROWS:
+        raise InvalidRequest(f"a request has 1 to {MAX_BATCH_ROWS} rows, not {rows}")
+    return rows
+
+
+def _first(lineup: Lineup) -> int:
+    return lineup.seats[0].index if lineup.seats else NO_ENGINE

@@ -1,0 +1,237 @@
+"""The worker process: composition root of one generation of served models.
+
+    python -m agent.worker --channel-fd N --ring-fd N --listen-fd N [--listen-fd N ...]
+
+Started by file descriptors only: the channel to the agent process, the observation ring and the listening sockets.
+It loads what the plan in `Start` names, says `Ready`, accepts after `Serve`, and ends when the channel closes, after
+`Drain`, or when a run cannot be stopped. Decides nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import Any, assert_never
+
+from agent import clock
+from agent.channel import Channel
+from agent.contract.errors import ContractError, Overloaded, ServingError
+from agent.contract.plan import (
+    Drain,
+    Drained,
+    EngineLoaded,
+    EngineTrouble,
+    Ping,
+    Pong,
+    Prefer,
+    Preferred,
+    Ready,
+    Serve,
+    Start,
+    WorkerPlan,
+)
+from agent.frontend.openinference import OpenInference
+from agent.frontend.server import Server
+from agent.lineup import load_lineup
+from agent.observation import RingWriter
+from agent.serving import Service, Serving
+
+TROUBLE_INTERVAL_S = 0.25
+DRAIN_LIMIT_S = 30.0
+EXIT_INTERNAL = 1
+EXIT_CHANNEL = 3  # the other end spoke nonsense
+EXIT_STUCK = 70  # a run ignored its end order; only a new process helps
+
+
+class Worker:
+    """One generation: the event loop's side of it."""
+
+    def __init__(self, channel: Channel, ring: RingWriter, listeners: Sequence[socket.socket]) -> None:
+        self._channel = channel
+        self._ring = ring
+        self._listeners = listeners
+        self._plan: WorkerPlan | None = None
+        self._serving: Serving | None = None
+        self._server: Server | None = None
+        self._trouble_timer: asyncio.TimerHandle | None = None
+        self._bugs = 0
+        self._unsent = 0
+
+    async def run(self) -> int:
+        """Serve the channel until it closes; returns the exit code.
+
+        Raises:
+            ContractError: the other end sent what is no frame for a worker.
+        """
+        asyncio.get_running_loop().set_exception_handler(self._report)
+        try:
+            while (frame := await self._channel.receive()) is not None:
+                match frame:
+                    case Start(plan=plan):
+                        self._start(plan)
+                    case Serve():
+                        self._serve()
+                    case Prefer():
+                        self._prefer(frame)
+                    case Ping(nonce=nonce):
+                        self._send(Pong(nonce, self.statistics()))
+                    case Drain():
+                        await self._drain()
+                        return 0
+                    case Ready() | Preferred() | EngineTrouble() | Pong() | Drained():
+                        raise ContractError(f"a worker was sent a {type(frame).__name__} frame")
+                    case _:
+                        assert_never(frame)
+            return 0
+        finally:
+            self._close()
+
+    def statistics(self) -> dict[str, float]:
+        """Flat numbers of this process for a Pong."""
+        numbers: dict[str, float] = {
+            "cpu_s": clock.cpu_s(),
+            "resident_bytes": _resident_bytes(),
+            "bugs": self._bugs,
+            "unsent_frames": self._unsent,
+        }
+        if self._serving is not None:
+            numbers |= self._serving.statistics()
+        if self._server is not None:
+            numbers |= self._server.statistics()
+        return numbers
+
+    def _start(self, plan: WorkerPlan) -> None:
+        if self._serving is not None:
+            raise ContractError("a worker was started twice")
+        services: list[Service] = []
+        reports: list[EngineLoaded] = []
+        for index, service in enumerate(plan.services):
+            lineup, loaded = load_lineup(service)
+            services.append(Service(index, service, lineup))
+            reports += loaded
+        self._plan = plan
+        self._serving = Serving(
+            services,
+            self._ring,
+            stuck_after_s=plan.stuck_after_s,
+            on_unstoppable=_end_process,
+            on_trouble=self._note_trouble,
+        )
+        # what lives now lives as long as the process: a full collection later would stop requests for 50 ms
+        gc.collect()
+        gc.freeze()
+        self._send(Ready(plan.generation, os.getpid(), tuple(reports)))
+
+    def _serve(self) -> None:
+        if self._serving is None or self._plan is None:
+            raise ContractError("a worker was told to serve before it was started")
+        if self._server is not None:
+            return
+        self._server = Server(OpenInference(self._serving).handle, max_body_bytes=self._plan.max_body_bytes)
+        for listener in self._listeners:
+            self._server.listen(listener)
+
+    def _prefer(self, frame: Prefer) -> None:
+        if self._serving is None:
+            raise ContractError("a worker was told a preference before it was started")
+        try:
+            self._serving.prefer(frame.service, frame.engine, frame.reason)
+        except ServingError as error:
+            self._send(EngineTrouble(frame.service, frame.engine, error.code, str(error), 1))
+        else:
+            self._send(Preferred(frame.service, frame.engine))
+
+    async def _drain(self) -> None:
+        if self._server is not None:
+            await self._server.drain(DRAIN_LIMIT_S)
+        self._flush_troubles()
+        self._send(Drained(0 if self._plan is None else self._plan.generation))
+        await self._channel.drain()
+
+    def _note_trouble(self) -> None:
+        """Tell the first trouble soon, then a few times a second however many there are."""
+        if self._trouble_timer is None:
+            loop = asyncio.get_running_loop()
+            self._trouble_timer = loop.call_later(TROUBLE_INTERVAL_S, self._flush_troubles)
+
+    def _flush_troubles(self) -> None:
+        if self._trouble_timer is not None:
+            self._trouble_timer.cancel()
+            self._trouble_timer = None
+        if self._serving is not None:
+            for trouble in self._serving.take_troubles():
+                self._send(trouble)
+
+    def _send(self, frame: Ready | Preferred | EngineTrouble | Pong | Drained) -> None:
+        try:
+            self._channel.send(frame)
+        except Overloaded:  # the agent process hangs; serving goes on without it
+            self._unsent += 1
+
+    def _report(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """The process loop's last resort: count, tell stderr once, go on."""
+        self._bugs += 1
+        if self._bugs == 1:
+            loop.default_exception_handler(context)
+
+    def _close(self) -> None:
+        if self._trouble_timer is not None:
+            self._trouble_timer.cancel()
+        if self._server is not None:
+            self._server.close()
+        if self._serving is not None:
+            self._serving.close()
+
+
+async def _main(channel_fd: int, ring_fd: int, listen_fds: Sequence[int]) -> int:
+    channel = await Channel.open(socket.socket(fileno=channel_fd))
+    ring = RingWriter(ring_fd)
+    listeners = [socket.socket(fileno=fd) for fd in listen_fds]
+    try:
+        return await Worker(channel, ring, listeners).run()
+    finally:
+        await channel.close()
+        for listener in listeners:
+            listener.close()
+        ring.close()
+
+
+def _resident_bytes() -> float:
+    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - read every second; Path costs more than the read
+        return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _end_process() -> None:
+    os._exit(EXIT_STUCK)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one worker until it is no longer wanted."""
+    parser = argparse.ArgumentParser(prog="agent.worker", description="Serves models for the agent process.")
+    parser.add_argument("--channel-fd", type=int, required=True)
+    parser.add_argument("--ring-fd", type=int, required=True)
+    parser.add_argument("--listen-fd", type=int, action="append", default=[])
+    given = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent process ends us
+    factory = None
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        try:
+            return runner.run(_main(given.channel_fd, given.ring_fd, given.listen_fd))
+        except ContractError as error:
+            sys.stderr.write(f"worker: {error.sentence()}\n")
+            return EXIT_CHANNEL
+
+
+if __name__ == "__main__":
+    sys.exit(main())
