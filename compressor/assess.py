@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,7 +109,7 @@ def judge(bench: Bench, variant: Variant) -> Judgement:
     """Accuracies, parity and golden error of one variant, from the cache where known."""
     key = bench.key("judge", variant, golden_rows=bench.recipe.package.golden_rows)
     if kept := bench.cache.get(key):
-        facts = json.loads(kept["facts.json"])
+        facts: dict[str, Any] = json.loads(kept["facts.json"])
         predicted = load_arrays(kept["stream.npz"], where="kept answers")["predicted"]
         parity = Parity(facts["agreement"], facts["error"])
         accuracy: dict[str, float] = facts["accuracy"]
@@ -186,9 +187,7 @@ def candidates(
     return tuple(_candidate(bench, v, judged[v.name], teacher, latency[v.name]) for v in variants)
 
 
-def _candidate(
-    bench: Bench, variant: Variant, judged: Judgement, teacher: Judgement, latency: Latency
-) -> Candidate:
+def _candidate(bench: Bench, variant: Variant, judged: Judgement, teacher: Judgement, latency: Latency) -> Candidate:
     fallback = variant.model.role == "fallback"
     limits = bench.recipe.gates
     gates = general_gates(

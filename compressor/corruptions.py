@@ -37,7 +37,7 @@ def stuck(channels: Sequence[int]) -> Corruption:
 def scale(channels: Sequence[int], factor: float) -> Corruption:
     """A gain or a unit change."""
 
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         out = windows.copy()
         out[:, :, list(channels)] *= np.float32(factor)
         return out
@@ -46,7 +46,7 @@ def scale(channels: Sequence[int], factor: float) -> Corruption:
 
 
 def bias(channels: Sequence[int], offset: float) -> Corruption:
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         out = windows.copy()
         out[:, :, list(channels)] += np.float32(offset)
         return out
@@ -79,7 +79,7 @@ def spikes(channels: Sequence[int], share: float, height: float) -> Corruption:
 
 
 def saturate(channels: Sequence[int], limit: float) -> Corruption:
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         out = windows.copy()
         out[:, :, list(channels)] = np.clip(windows[:, :, list(channels)], -limit, limit)
         return out
@@ -88,7 +88,7 @@ def saturate(channels: Sequence[int], limit: float) -> Corruption:
 
 
 def swap(pairs: Sequence[tuple[int, int]]) -> Corruption:
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         out = windows.copy()
         for first, second in pairs:
             out[:, :, first], out[:, :, second] = windows[:, :, second], windows[:, :, first]
@@ -101,7 +101,7 @@ def rotate(pairs: Sequence[tuple[int, int]], degrees: float) -> Corruption:
     """Turn each (x, y) pair about the third axis: how a device is worn, not what it measures."""
     cosine, sine = np.float32(np.cos(np.radians(degrees))), np.float32(np.sin(np.radians(degrees)))
 
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         out = windows.copy()
         for x, y in pairs:
             out[:, :, x] = cosine * windows[:, :, x] - sine * windows[:, :, y]
@@ -114,7 +114,7 @@ def rotate(pairs: Sequence[tuple[int, int]], degrees: float) -> Corruption:
 def hold(every: int) -> Corruption:
     """Only each `every`-th sample is new; the others repeat it."""
 
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         index = np.arange(windows.shape[1]) // every * every
         return windows[:, index]
 
@@ -137,7 +137,7 @@ def lose(samples: int) -> Corruption:
 def stretch(factor: float) -> Corruption:
     """The clock runs off: a window shows 1/factor of its span, linearly interpolated (factor > 1)."""
 
-    def apply(windows: Windows, generator: np.random.Generator) -> Windows:
+    def apply(windows: Windows, _: np.random.Generator) -> Windows:
         place = np.arange(windows.shape[1]) / factor
         left = place.astype(np.int64)
         right = np.minimum(left + 1, windows.shape[1] - 1)

@@ -78,7 +78,12 @@ def fault_accuracy(engine: Engine, input_name: str, rows: Rows, fault: Fault) ->
 
 
 def fault_table(
-    faults: Sequence[Fault], accuracies: Mapping[str, Sequence[float]], *, active: str, clean: float, harmful_drop: float
+    faults: Sequence[Fault],
+    accuracies: Mapping[str, Sequence[float]],
+    *,
+    active: str,
+    clean: float,
+    harmful_drop: float,
 ) -> tuple[FaultLine, ...]:
     """One line per fault. `accuracies`: per engine, in the order of `faults`; `clean`: the active engine's own."""
     return tuple(

@@ -62,9 +62,7 @@ def refuse(device: DeviceClassTable, kind: str, candidates: tuple[Candidate, ...
     """The error for a device class nothing fits: names the candidate that came closest and what stopped it."""
 
     def stops(candidate: Candidate) -> tuple[Gate, ...]:
-        own = class_gates(
-            device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes
-        )
+        own = class_gates(device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes)
         return failed(candidate.gates + own)
 
     closest = min(candidates, key=lambda candidate: len(stops(candidate)))

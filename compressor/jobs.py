@@ -184,7 +184,8 @@ def _export_key(job: Job, task_sha256: str, data: TaskData, weights: bytes, prec
 
     inputs = {
         "task": task_sha256, "data": data.sha256, "settings": job.recipe.data, "weights": sha256(weights),
-        "model": job.model.model_dump(mode="json"), "precision": precision, "calibrator": job.recipe.quantise.calibrator,
+        "model": job.model.model_dump(mode="json"), "precision": precision,
+        "calibrator": job.recipe.quantise.calibrator,
     }  # fmt: skip
     return stage_key("export", inputs, sources=EXPORT_SOURCES + quantize_static.SOURCES)
 

@@ -94,9 +94,7 @@ class IntegerWeightConv(nn.Module):
         self.convolution = convolution
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _OPS.dequantize_per_channel(
-            self.weight, self.scales, self.zero_points, 0, -128, 127, torch.int8
-        )
+        weight = _OPS.dequantize_per_channel(self.weight, self.scales, self.zero_points, 0, -128, 127, torch.int8)
         out: Tensor = self.convolution._conv_forward(x, weight, self.convolution.bias)  # noqa: SLF001
         return out
 
@@ -133,8 +131,10 @@ def _is_quantised(node: fx.Node, module: fx.GraphModule) -> bool:
 
 def _feeds_relu(node: fx.Node, module: fx.GraphModule) -> bool:
     users = list(node.users)
-    return len(users) == 1 and users[0].op == "call_module" and isinstance(
-        module.get_submodule(str(users[0].target)), nn.ReLU
+    return (
+        len(users) == 1
+        and users[0].op == "call_module"
+        and isinstance(module.get_submodule(str(users[0].target)), nn.ReLU)
     )
 
 

@@ -87,9 +87,7 @@ def _manifest(content: Content, blobs: Mapping[str, bytes]) -> Manifest:
     task, floor = content.task, content.model is None
     width = len(view_names(task).features)
     outputs = [
-        Output(
-            name=PROBABILITY, datatype="FP32", shape=[-1, len(task.labels)], meaning="probability of each label"
-        )
+        Output(name=PROBABILITY, datatype="FP32", shape=[-1, len(task.labels)], meaning="probability of each label")
     ]
     return Manifest(
         name=content.name,
@@ -111,9 +109,7 @@ def _manifest(content: Content, blobs: Mapping[str, bytes]) -> Manifest:
         choice=content.choice,
         quantisation=_quantisation(content),
         provenance=_provenance(content),
-        blobs={
-            role: Blob(file=FILES[role], size=len(data), sha256=sha256(data)) for role, data in blobs.items()
-        },
+        blobs={role: Blob(file=FILES[role], size=len(data), sha256=sha256(data)) for role, data in blobs.items()},
     )
 
 

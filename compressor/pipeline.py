@@ -6,7 +6,7 @@ Every step looks into the cache first; the order of steps and the one result are
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from compressor.cache import Cache
 from compressor.candidate import Candidate, Variant, Verdict
 from compressor.evaluate import FaultLine, fault_table
 from compressor.jobs import Job, Report, run_jobs, translated, work
-from compressor.recipe import DeviceClassTable, ModelTable, Recipe, open_task
+from compressor.recipe import DeviceClassTable, Recipe, open_task
 from compressor.task import Role, Task, TaskData
 
 AFTER = {"judge": 6.0, "measure": 12.0, "evidence": 10.0}  # work of the later steps, in the unit of jobs.work
@@ -165,9 +165,7 @@ def _ship(bench: assess.Bench, candidates: Sequence[Candidate], device: DeviceCl
     )  # fmt: skip
     accuracy[floor] = columns[floor][0]
     watch = evidence.watch(bench, active.variant, detection_runs=bench.recipe.faults.detection_runs)
-    return Shipped(
-        device, verdicts, active, fallbacks, tuple(fallback_verdicts), table, accuracy, service, watch
-    )
+    return Shipped(device, verdicts, active, fallbacks, tuple(fallback_verdicts), table, accuracy, service, watch)
 
 
 def floor_name(task: Task) -> str:
@@ -184,7 +182,14 @@ def _package(bench: assess.Bench, ship: Shipped, origin: package.Origin, folder:
     plain = select.chosen(ship.verdicts).plain_reason
     order = (*ship.fallbacks, floor)
     active = artifact_of(
-        bench, ship.active.variant, ship, origin, name=ship.active_name, fallbacks=order, reason=plain, watch=ship.watch
+        bench,
+        ship.active.variant,
+        ship,
+        origin,
+        name=ship.active_name,
+        fallbacks=order,
+        reason=plain,
+        watch=ship.watch,
     )
     package.write_artifact(folder / ship.active_name, package.build_artifact(active))
     for verdict, (name, candidate) in zip(
@@ -233,7 +238,9 @@ def floor_of(bench: assess.Bench, ship: Shipped, origin: package.Origin) -> pack
         budget=_budget(ship.device, bench.recipe),
         fallbacks=(),
         card=_card(bench, ship, origin, None),
-        choice=Choice(variant="class-prior", device_class=ship.device.name, reason="the answer when no model can give one"),
+        choice=Choice(
+            variant="class-prior", device_class=ship.device.name, reason="the answer when no model can give one"
+        ),
         precision="constant",
         prior=evidence.class_prior(bench.task, bench.data),
     )

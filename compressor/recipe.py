@@ -71,9 +71,10 @@ class MeasureTable(Table):
 class GatesTable(Table):
     """Limits every candidate must keep, whatever the device class; latency and size limits are the class's own.
 
-    accuracy_drop: below the teacher on the select role, 0..1; fallback_drop: the same for a fallback. parity_agreement: least share of rows on which
-    torch, the ONNX graph and the device's engine name the same class; parity_error: largest difference of a
-    probability. golden_error: largest difference of a golden output, alone against in a batch.
+    accuracy_drop: below the teacher on the select role, 0..1; fallback_drop: the same for a fallback.
+    parity_agreement: least share of rows on which torch, the ONNX graph and the device's engine name the same
+    class; parity_error: largest difference of a probability.
+    golden_error: largest difference of a golden output, alone against in a batch.
     """
 
     accuracy_drop: float = Field(default=0.03, ge=0, le=1)
@@ -85,7 +86,8 @@ class GatesTable(Table):
 
 class SelectTable(Table):
     """tie: accuracies closer than this count as equal. min_speedup: 8 bit is kept only if at least this much
-    faster than its float parent."""
+    faster than its float parent.
+    """
 
     tie: float = Field(default=0.005, ge=0, le=1)
     min_speedup: float = Field(default=1.05, ge=1)
@@ -93,7 +95,8 @@ class SelectTable(Table):
 
 class DeviceClassTable(Table):
     """A kind of device and its budget. latency_us: CPU time of one row in the engine, one thread;
-    latency_p95_us: what the artifact promises per request on the device, queueing included."""
+    latency_p95_us: what the artifact promises per request on the device, queueing included.
+    """
 
     name: str
     latency_us: float = Field(gt=0)
@@ -111,7 +114,8 @@ class DeviceClassTable(Table):
 
 class FaultsTable(Table):
     """harmful_drop: a fault that costs the chosen model at least this much accuracy is called harmful.
-    detection_runs: how often each fault is injected into a clean stream to see when the monitor finds it."""
+    detection_runs: how often each fault is injected into a clean stream to see when the monitor finds it.
+    """
 
     harmful_drop: float = Field(default=0.10, gt=0, le=1)
     detection_runs: int = Field(default=20, ge=1, le=1000)

@@ -79,7 +79,7 @@ def _not_worth_it(candidate: Candidate, candidates: Sequence[Candidate], rules: 
     if mine * rules.min_speedup <= theirs:
         return ""
     how = "slower" if mine > theirs else "not clearly faster"
-    return f"{how} than its float parent ({mine:.0f} against {theirs:.0f} us): smaller alone is not enough"
+    return f"{how} than its float parent ({mine:.1f} against {theirs:.1f} us of CPU): smaller alone is not enough"
 
 
 def _best(eligible: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable) -> Candidate:

@@ -41,10 +41,8 @@ class Served(nn.Module):
     def normalise(self, x: Tensor) -> Tensor:
         """(rows, channels, length) raw -> (rows, channels read, length) with mean 0 and sd 1 on training rows."""
         first, last = self.reads[0], self.reads[-1]
-        if self.reads == list(range(first, last + 1)):
-            chosen = x[:, first : last + 1]  # a slice is cheaper than a gather
-        else:
-            chosen = x[:, self.reads]
+        consecutive = self.reads == list(range(first, last + 1))  # a slice is cheaper than a gather
+        chosen = x[:, first : last + 1] if consecutive else x[:, self.reads]
         return (chosen - self.mean) / self.sd
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:

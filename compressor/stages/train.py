@@ -87,13 +87,11 @@ def _epochs(
     for epoch in range(model.epochs):
         network.train()
         order = torch.randperm(len(feed.labels), generator=generator)
-        for chosen in torch.split(order, settings.batch):  # type: ignore[no-untyped-call]
+        for chosen in torch.split(order, settings.batch):
             logits = network(feed.normalise(task.augment(feed.windows[chosen], generator)))
-            loss = nn.functional.cross_entropy(
-                logits, feed.labels[chosen], label_smoothing=settings.label_smoothing
-            )
+            loss = nn.functional.cross_entropy(logits, feed.labels[chosen], label_smoothing=settings.label_smoothing)
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
         network.eval()

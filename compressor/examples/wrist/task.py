@@ -135,9 +135,7 @@ def _cut(indices: list[int], begin: float, end: float, hop: int) -> Rows:
             ids.append(index)
             wearers.append(wearer)
             starts.append(start)
-    return Rows(
-        np.stack(windows), np.array(labels), np.array(ids), np.array(wearers), np.array(starts)
-    )
+    return Rows(np.stack(windows), np.array(labels), np.array(ids), np.array(wearers), np.array(starts))
 
 
 def stream(new_wearers: tuple[int, ...] = NEW_WEARERS) -> Rows:

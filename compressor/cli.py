@@ -1,0 +1,262 @@
+"""`edgewarden-compressor`: what a person types on the host. The only file of the host that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from agent import VERSION
+from agent.contract.errors import EdgewardenError
+
+if TYPE_CHECKING:
+    from compressor.recipe import Recipe
+
+EXIT_CODES = """\
+exit codes:
+  0  done
+  2  the recipe, its task module or the command line is wrong
+  4  an artifact is damaged or cannot be used
+  6  a file cannot be written (disk full, no permission)
+  9  the task's data is missing or not what it should be
+ 10  a stage of the pipeline failed
+ 11  a gate refused every candidate; nothing was shipped
+130  interrupted; finished stages are kept in the cache
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.run(options)
+    except EdgewardenError as error:
+        print(f"edgewarden-compressor: {error.sentence()}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("edgewarden-compressor: interrupted; finished stages are kept, run again to go on.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; nothing is left to say it to
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgewarden-compressor",
+        description="From a model and data to the smallest artifact that keeps its promises.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"edgewarden {VERSION}")
+    verbs = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    compress = verbs.add_parser(
+        "compress", help="train, compress, validate, choose and package", epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    compress.add_argument("recipe", type=Path, help="a recipe, such as compressor/examples/wrist/recipe.toml")
+    compress.add_argument("--out", type=Path, required=True, metavar="DIR", help="where artifacts and reports go")
+    compress.add_argument(
+        "--cache", type=Path, default=Path("build/cache"), metavar="DIR", help="finished stages (default %(default)s)"
+    )
+    compress.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a recipe value; a key without a dot is a task setting, as in --set new_wearers=4,5,6",
+    )  # fmt: skip
+    compress.add_argument("--json", action="store_true", help="print report.json instead of tables")
+    compress.add_argument(
+        "--explain", action="store_true", help="say what each step does, how each gate went, and why"
+    )
+    compress.set_defaults(run=_compress)
+    artifact = verbs.add_parser("artifact", help="look at an artifact folder")
+    actions = artifact.add_subparsers(required=True, metavar="ACTION")
+    for name, run, text in (
+        ("show", _show, "what it is, what it promises, how it fares under faults"),
+        ("verify", _verify, "check every byte, load it, answer its golden inputs"),
+    ):
+        action = actions.add_parser(name, help=text)
+        action.add_argument("folder", type=Path)
+        action.add_argument("--json", action="store_true")
+        action.set_defaults(run=run)
+    return parser
+
+
+# --- compress ----------------------------------------------------------------------------------------------
+def _compress(options: argparse.Namespace) -> int:
+    from compressor.recipe import open_task, read_recipe
+
+    recipe = read_recipe(options.recipe, overrides=options.overrides)
+    open_task(recipe, options.recipe)  # before the heavy imports: a wrong recipe is told at once
+    if options.explain:
+        _explain(recipe)
+    from compressor.pipeline import compress
+    from compressor.report import write_reports
+
+    with _Progress(recipe) as progress:
+        result = compress(recipe, options.recipe, options.out, cache=options.cache, report=progress.report)
+        document = write_reports(result, options.out)
+    if options.json:
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+    else:
+        _tables(document, options.out, explain=options.explain)
+    return 0
+
+
+class _Progress:
+    """A bar with the time left, on stderr; plain lines of progress where that is no terminal."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        from compressor.pipeline import total_work
+
+        self.console = Console(stderr=True)
+        self.bar = Progress(
+            TextColumn("[bold]{task.fields[subject]:<12}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"),
+            console=self.console, transient=True, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("starting", total=total_work(recipe), subject=recipe.name)
+
+    def __enter__(self) -> Self:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self.bar.stop()
+
+    def report(self, subject: str, step: str, done: float) -> None:
+        self.bar.update(self.task, advance=done, description=step, subject=subject)
+        if not self.console.is_terminal and not step.startswith("epoch"):
+            self.console.print(f"{subject}: {step}", highlight=False)
+
+
+def _explain(recipe: Recipe) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from compressor.pipeline import plan
+
+    table = Table(title=f"What will happen to '{recipe.name}'", title_justify="left", box=None)
+    table.add_column("step", style="bold")
+    table.add_column("")
+    for step, text in plan(recipe):
+        table.add_row(step, text)
+    Console(stderr=True).print(table)
+
+
+def _tables(document: dict[str, Any], out: Path, *, explain: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="Candidates (accuracy: held-out stream)", title_justify="left", box=None)
+    for name in ("name", "accuracy", "varied", "bytes", "CPU us", "wall us"):
+        table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
+    table.add_column("ships to")
+    for candidate in document["candidates"]:
+        name = candidate["name"]
+        ships = [
+            device["name"] for device, verdict in _verdicts(document) if verdict["chosen"] and verdict["name"] == name
+        ]
+        table.add_row(
+            name, f"{candidate['accuracy']:.3f}", f"{candidate['accuracy_varied']:.3f}",
+            f"{candidate['size_bytes']:,}", f"{candidate['latency_cpu_p20_us']:.0f}",
+            f"{candidate['latency_p50_us']:.0f}", ", ".join(ships), style="bold" if ships else "",
+        )  # fmt: skip
+    console.print(table)
+    for device, verdict in _verdicts(document):
+        if verdict["chosen"] or explain:
+            mark = "ships" if verdict["chosen"] else "no"
+            print(f"{device['name']}: {verdict['name']} {mark}: {verdict['reason']}.")
+    if explain:
+        for device in document["device_classes"]:
+            console.print(_gate_table(device))
+    print(f"Report: {out / 'report.html'}")
+
+
+def _verdicts(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    classes = document["device_classes"]
+    return [(device, v) for device in classes for v in device["variants"] + device["fallback_variants"]]
+
+
+def _gate_table(device: dict[str, Any]) -> Any:
+    """One row per candidate, one column per gate; what fails stands in brackets with its limit."""
+    from rich.table import Table
+
+    verdicts = device["variants"] + device["fallback_variants"]
+    table = Table(title=f"Gates of '{device['name']}'", title_justify="left", box=None)
+    table.add_column("candidate", no_wrap=True)
+    for gate in verdicts[0]["gates"]:
+        table.add_column(gate["name"], justify="right")
+    for verdict in verdicts:
+        cells = [
+            f"{gate['measured']:.4g}" if gate["passed"] else f"FAIL {gate['measured']:.4g} / {gate['limit']:.4g}"
+            for gate in verdict["gates"]
+        ]
+        table.add_row(verdict["name"], *cells)
+    return table
+
+
+# --- artifact ----------------------------------------------------------------------------------------------
+def _show(options: argparse.Namespace) -> int:
+    from agent.contract.artifact import open_artifact
+
+    artifact = open_artifact(options.folder)
+    manifest, card = artifact.manifest, artifact.card()
+    if options.json:
+        document = {"digest": artifact.digest, "manifest": manifest.model_dump(mode="json"), "card": card}
+        print(json.dumps(document, indent=1, ensure_ascii=False))
+        return 0
+    lines = [
+        f"{manifest.name} version {manifest.version}, serves '{manifest.service}' ({manifest.runtime.precision})",
+        f"digest     {artifact.digest}",
+        f"reads      {', '.join(manifest.reads) or 'all channels'}",
+        f"fallbacks  {', '.join(manifest.fallbacks) or 'none'}",
+    ]
+    lines += [f"blob       {blob.file} {blob.size:,} bytes {blob.sha256[:16]}" for blob in manifest.blobs.values()]
+    lines += [_budget_line(budget) for budget in manifest.budgets]
+    if manifest.choice:
+        lines.append(f"choice     {manifest.choice.variant}: {manifest.choice.reason}")
+    print("\n".join(lines + _card_lines(card)))
+    return 0
+
+
+def _budget_line(budget: Any) -> str:
+    promised = f"p95 {budget.latency_p95_us:g} us" if budget.latency_p95_us is not None else "no latency promised"
+    return f"budget     {budget.device_class}: {promised}, at most {budget.size_bytes or 0:,} bytes"
+
+
+def _card_lines(card: dict[str, Any]) -> list[str]:
+    if not card:
+        return ["card       none"]
+    accuracy = {name: value for name, value in card["accuracy"].items() if name not in {"role", "rows"}}
+    names = list(accuracy)
+    lines = ["", f"{'accuracy on ' + card['accuracy']['role']:<24}" + "".join(f"{name:>14}" for name in names)]
+    lines.append(f"{'no fault':<24}" + "".join(f"{accuracy[name]:>14.3f}" for name in names))
+    for fault in card["faults"]:
+        mark = " harmful" if fault["harmful"] else ""
+        lines.append(f"{fault['name']:<24}" + "".join(f"{fault['accuracy'][n]:>14.3f}" for n in names) + mark)
+    if card.get("claim"):
+        lines += ["", f"claim      {card['claim']['text']}"]
+    return lines
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from compressor.verify import verify_artifact
+
+    told = verify_artifact(options.folder)
+    if options.json:
+        print(json.dumps(told, indent=1))
+    else:
+        print(f"{told['name']} {told['digest'][:16]}: " + "; ".join(told["checks"]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
