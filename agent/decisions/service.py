@@ -242,7 +242,6 @@ def wants_reload(policy: ServicePolicy, state: ServiceState, now_s: float) -> bo
     return (
         bench is not None
         and bench.unload
-        and not state.reload_asked
         and policy.preferred not in _usable(policy, state)
         and fallback.rested(state.stay, now_s)
         and settled(policy, state, now_s)
