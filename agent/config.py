@@ -130,6 +130,12 @@ class BudgetSection(Section):
     memory_bytes: int = Field(default=0, ge=0, description="Resident memory of agent and worker; 0 = no limit.")
 
 
+class PowerSection(Section):
+    watts_per_cpu: float = Field(
+        default=4.0, gt=0, le=1000, description="For the estimate where no meter is found: watts of one busy core."
+    )
+
+
 class LinkSection(Section):
     enabled: bool = Field(default=False, description="Report to a broker.")
     host: str = Field(default="localhost", min_length=1, description="Broker's host name or address.")
@@ -196,6 +202,7 @@ class AgentConfig(Section):
     guard: GuardSection = Field(default_factory=GuardSection)
     fallback: FallbackSection = Field(default_factory=FallbackSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)
+    power: PowerSection = Field(default_factory=PowerSection)
     link: LinkSection = Field(default_factory=LinkSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     outbox: OutboxSection = Field(default_factory=OutboxSection)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from agent.contract.plan import FromWorker, Ready, ServicePlan, WorkerPlan
 from agent.generation import Generation, Patience, Phase
+from agent.intake import Intake
 
 
 class Generations:
@@ -21,7 +22,7 @@ class Generations:
     def __init__(
         self,
         listeners: Sequence[socket.socket],
-        ring: int,
+        intake: Intake,
         patience: Patience,
         environment: Mapping[str, str],
         *,
@@ -30,7 +31,7 @@ class Generations:
         on_lost: Callable[[int, str], None],
     ) -> None:
         self._listeners = listeners
-        self._ring = ring
+        self._intake = intake
         self._patience = patience
         self._environment = environment
         self._next_number = first_number
@@ -58,7 +59,8 @@ class Generations:
         self._counts["started"] += 1
         comer = Generation(plan, self._patience, on_frame=self._frame, on_end=self._ended)
         self._incoming = comer
-        living = comer.live(self._listeners, self._ring, self._environment)
+        ring = self._intake.open(plan)
+        living = comer.live(self._listeners, ring, self._environment)
         self._tasks[comer] = asyncio.create_task(living, name=f"ew-worker-{plan.generation}")
         return plan.generation
 
@@ -87,18 +89,21 @@ class Generations:
 
     # --- inside ---------------------------------------------------------------------------------------------
     def _frame(self, generation: Generation, frame: FromWorker) -> None:
-        if isinstance(frame, Ready) and generation is self._incoming:
-            self._hand_over(generation)
-        self._on_frame(generation.number, frame)
+        if not isinstance(frame, Ready):
+            self._on_frame(generation.number, frame)
+        elif generation is self._incoming:
+            self._hand_over(generation, frame)
 
-    def _hand_over(self, comer: Generation) -> None:
+    def _hand_over(self, comer: Generation, ready: Ready) -> None:
         leaver, self._current, self._incoming = self._current, comer, None
+        self._on_frame(comer.number, ready)  # whom it prefers is told before it accepts anything
         comer.serve()
         if leaver is not None:
             leaver.drain()
 
     def _ended(self, generation: Generation, reason: str) -> None:
         self._tasks.pop(generation, None)
+        self._intake.close(generation.number)
         if generation is self._current:
             self._current = None
         elif generation is self._incoming:

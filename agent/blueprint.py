@@ -1,0 +1,232 @@
+"""What is to be built, from configuration and artifacts: per service the plan, the policy and what to monitor.
+
+Promises: every byte of an artifact is verified before anything uses it; one that is damaged or does not fit its
+siblings is left out and told, as long as another model can answer. Starts nothing and decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.config import AgentConfig, ServiceSection
+from agent.contract.artifact import Artifact, Budget, Manifest, View, open_artifact
+from agent.contract.errors import ArtifactError, Incompatible
+from agent.contract.plan import (
+    ChannelPlan,
+    EngineKind,
+    EnginePlan,
+    GuardPlan,
+    GuardPolicy,
+    ServicePlan,
+    TensorPlan,
+    ViewPlan,
+)
+from agent.decisions.choice import Card, read_card
+from agent.decisions.fallback import Limits
+from agent.decisions.service import ServicePolicy
+from agent.drift import Reference, load_reference
+from agent.monitor import MonitorPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """One service. `artifacts` best first, the floor last; `problems`: sentences about artifacts left out."""
+
+    name: str
+    artifacts: tuple[Artifact, ...]
+    plan: ServicePlan
+    policy: ServicePolicy
+    monitor: MonitorPlan
+    reference: Reference | None
+    problems: tuple[str, ...]
+
+    def plan_of(self, engines: tuple[str, ...]) -> ServicePlan:
+        """The plan with only these engines; the preferred one stays the active one if it is among them."""
+        chosen = tuple(plan for plan in self.plan.engines if plan.engine in engines)
+        active = self.plan.active if self.plan.active in engines else chosen[0].engine
+        plan = self.plan
+        return ServicePlan(
+            plan.service, chosen, active, plan.guard, plan.labels, plan.label_output,
+            plan.deadline_ms, plan.queue_limit, plan.floor_status,
+        )  # fmt: skip
+
+
+def draw_up(config: AgentConfig) -> tuple[Blueprint, ...]:
+    """Open and verify every artifact of every service.
+
+    Raises:
+        ArtifactError: a service has no model left that could answer; says what is wrong with its first.
+    """
+    return tuple(_service(config, section, index) for index, section in enumerate(config.service))
+
+
+def _service(config: AgentConfig, section: ServiceSection, index: int) -> Blueprint:
+    artifacts, problems = _open_all(section)
+    active = artifacts[0].manifest
+    reference, reference_problem = _reference(artifacts[0])
+    problems += [reference_problem] if reference_problem else []
+    guard = _guard(config, active, reference)
+    engines = tuple(_engine(artifact, section.threads) for artifact in artifacts)
+    plan = ServicePlan(
+        service=section.name,
+        engines=engines,
+        active=active.name,
+        guard=guard,
+        labels=tuple(active.labels),
+        label_output=active.label_output,
+        deadline_ms=section.deadline_ms,
+        queue_limit=section.queue_limit,
+        floor_status=config.serving.floor_status,
+    )
+    channels = tuple(channel.name for channel in guard.channels) if guard else ()
+    groups = {channel.name: channel.group for channel in guard.channels} if guard else {}
+    view = _watched_view(active, reference)
+    monitor = MonitorPlan(
+        service=section.name,
+        index=index,
+        engines=tuple(engine.engine for engine in engines),
+        channels=channels,
+        groups=groups,
+        classes=len(active.labels),
+        view=view.name if view else "",
+        latency_p95_us=config.budget.latency_p95_us or promised(active).latency_p95_us or 0.0,
+    )
+    return Blueprint(
+        name=section.name,
+        artifacts=tuple(artifacts),
+        plan=plan,
+        policy=_policy(config, section.name, _card(artifacts, groups)),
+        monitor=monitor,
+        reference=reference if view else None,
+        problems=tuple(problems),
+    )
+
+
+# --- artifacts ---------------------------------------------------------------------------------------------
+def _open_all(section: ServiceSection) -> tuple[list[Artifact], list[str]]:
+    folders = [section.artifact, *section.fallbacks, *([Path(section.floor)] if section.floor else [])]
+    sound: list[Artifact] = []
+    faults: list[ArtifactError] = []
+    for folder in folders:
+        try:
+            artifact = open_artifact(folder)
+            _check_fits(artifact, sound)
+            sound.append(artifact)
+        except ArtifactError as error:
+            faults.append(error)
+    if not any(artifact.manifest.kind == "onnx" for artifact in sound):
+        fault = faults[0] if faults else Incompatible(f"service '{section.name}' has a floor but no model")
+        raise type(fault)(f"service '{section.name}' has no usable model: {fault}", hint=fault.hint)
+    return sound, [f"service '{section.name}' goes without an artifact: {fault.sentence()}" for fault in faults]
+
+
+def _check_fits(artifact: Artifact, siblings: list[Artifact]) -> None:
+    """Raises: Incompatible: a name is taken, or inputs and outputs differ from those of the siblings."""
+    manifest = artifact.manifest
+    if any(other.manifest.name == manifest.name for other in siblings):
+        raise Incompatible(f"{artifact.folder}: another artifact of this service is called '{manifest.name}' too")
+    if siblings and _signature(manifest) != _signature(siblings[0].manifest):
+        first = siblings[0]
+        raise Incompatible(
+            f"{artifact.folder}: inputs or outputs of '{manifest.name}' differ from those of '{first.manifest.name}'",
+            hint="Fallbacks must take the same inputs and give the same outputs as the active model.",
+        )
+
+
+def _signature(manifest: Manifest) -> list[tuple[str, str, tuple[int, ...]]]:
+    inputs = [(one.name, one.datatype, tuple(one.shape)) for one in manifest.inputs]
+    outputs = [(one.name, one.datatype, tuple(one.shape)) for one in manifest.outputs]
+    return sorted(inputs) + sorted(outputs)
+
+
+def _reference(artifact: Artifact) -> tuple[Reference | None, str]:
+    if "reference" not in artifact.manifest.blobs:
+        return None, ""
+    try:
+        return load_reference(artifact.path("reference")), ""
+    except ArtifactError as error:
+        return None, f"drift of '{artifact.manifest.service}' is not watched: {error.sentence()}"
+
+
+def _watched_view(manifest: Manifest, reference: Reference | None) -> View | None:
+    """The view the reference is about."""
+    if reference is None:
+        return None
+    return next((view for view in manifest.views if tuple(view.features) == reference.features), None)
+
+
+def promised(manifest: Manifest) -> Budget:
+    """The budget of the device class the artifact was chosen for."""
+    chosen = manifest.choice.device_class if manifest.choice else ""
+    fitting = [budget for budget in manifest.budgets if budget.device_class == chosen] or manifest.budgets
+    return fitting[0] if fitting else Budget(device_class=chosen)
+
+
+# --- plans -------------------------------------------------------------------------------------------------
+def _engine(artifact: Artifact, threads: int) -> EnginePlan:
+    manifest = artifact.manifest
+    hidden = {view.output for view in manifest.views if view.source == "graph"}
+    model = manifest.blobs.get("model")
+    return EnginePlan(
+        engine=manifest.name,
+        version=manifest.version,
+        digest=artifact.digest,
+        kind=EngineKind(manifest.kind),
+        model_path=str(artifact.path("model").absolute()) if model else "",
+        model_sha256=model.sha256 if model else "",
+        golden_path=str(artifact.path("golden").absolute()) if "golden" in manifest.blobs else "",
+        inputs=tuple(TensorPlan(one.name, one.datatype, tuple(one.shape)) for one in manifest.inputs),
+        outputs=tuple(
+            TensorPlan(one.name, one.datatype, tuple(one.shape)) for one in manifest.outputs if one.name not in hidden
+        ),
+        views=tuple(
+            ViewPlan(view.name, view.output, len(view.features)) for view in manifest.views if view.source == "graph"
+        ),
+        floor_outputs=manifest.floor_outputs,
+        threads=threads,
+    )
+
+
+def _guard(config: AgentConfig, manifest: Manifest, reference: Reference | None) -> GuardPlan | None:
+    described = next(
+        (one for one in manifest.inputs if one.channels), manifest.inputs[0] if manifest.inputs else None
+    )
+    if described is None:
+        return None
+    statistics = reference.guard if reference else None
+    means = statistics.channel_mean if statistics else {}
+    return GuardPlan(
+        input=described.name,
+        channels=tuple(
+            ChannelPlan(one.name, one.group, one.minimum, one.maximum, means.get(one.name, 0.0))
+            for one in described.channels
+        ),
+        not_finite=config.guard.not_finite or GuardPolicy(described.missing),
+        out_of_range=config.guard.out_of_range or GuardPolicy(described.out_of_range),
+        group_rms=statistics.group_rms if statistics else None,
+    )
+
+
+def _card(artifacts: Iterable[Artifact], groups: dict[str, str]) -> Card:
+    manifests = [artifact.manifest for artifact in artifacts]
+    document = next((card for artifact in artifacts if (card := artifact.card())), {})
+    return read_card(
+        document,
+        engines=tuple(manifest.name for manifest in manifests),
+        reads={manifest.name: manifest.reads for manifest in manifests},
+        floors=[manifest.name for manifest in manifests if manifest.kind == "floor"],
+        groups=groups,
+    )
+
+
+def _policy(config: AgentConfig, service: str, card: Card) -> ServicePolicy:
+    fallback = config.fallback
+    return ServicePolicy(
+        service=service,
+        card=card,
+        limits=Limits(fallback.dwell_s, fallback.probation_s, fallback.max_dwell_s),
+        failures=fallback.failures,
+        of_last=fallback.of_last,
+    )

@@ -1,0 +1,290 @@
+"""Lets events flow: observations and readings to the monitors, events to the supervisor, commands to whoever acts.
+
+Decides nothing: every event goes to the supervisor, every command comes from it, and is executed in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from agent import VERSION
+from agent.clock import monotonic_s, wall_s
+from agent.contract.errors import StorageError
+from agent.contract.plan import EngineTrouble, FromWorker, Ready
+from agent.decisions.events import (
+    Activate,
+    AgentStarted,
+    Command,
+    Event,
+    Persist,
+    Publish,
+    RestartWindows,
+    StartWorker,
+    Tick,
+    WorkerLost,
+    WorkerReady,
+)
+from agent.generation import Patience, Phase
+from agent.generations import Generations
+from agent.intake import Records
+from agent.parts import MONITOR, SUPERVISOR, Parts
+from agent.reporter import Reporter, add_up
+
+SAVE_MONITORS_S = 30.0
+RESERVE_S = 60.0
+
+
+class DecisionClock:
+    """Whose time decides: the wall's, or the newest timestamp of the data (which never goes back)."""
+
+    def __init__(self, source: str, newest_s: float) -> None:
+        self._of_data = source == "data"
+        self._newest_s = newest_s
+
+    def now_s(self) -> float:
+        return self._newest_s if self._of_data else wall_s()
+
+    def slices(self, records: Records) -> Iterator[Records]:
+        """Whole batches by the wall clock; by the data's, one slice per second of data, the clock moving along."""
+        if not self._of_data or not len(records):
+            yield records
+            return
+        seconds = np.floor(np.nan_to_num(records["data_time_s"], nan=-1.0))
+        for part in np.split(records, np.flatnonzero(np.diff(seconds)) + 1):
+            newest_s = float(np.nanmax(part["data_time_s"], initial=-math.inf, where=~np.isnan(part["data_time_s"])))
+            self._newest_s = max(self._newest_s, newest_s)
+            yield part
+
+
+class Conductor:
+    """Owned by the event loop."""
+
+    def __init__(self, parts: Parts, environment: Mapping[str, str]) -> None:
+        self._parts = parts
+        worker = parts.config.worker
+        self.clock = DecisionClock(parts.config.clock.source, float(parts.supervisor.state()["now_s"]))
+        self.reporter = Reporter(parts.config.topics, parts.outbox, parts.link)
+        self.generations = Generations(
+            parts.doors.serving,
+            parts.intake,
+            Patience(worker.start_timeout_s, worker.ping_interval_s, worker.missed_pings, worker.drain_timeout_s),
+            environment,
+            first_number=1,
+            on_frame=self._frame,
+            on_lost=self._worker_lost,
+        )
+        self._window_from_s = wall_s()
+        self._start_timer: asyncio.TimerHandle | None = None
+        self._stopping = False
+        self._unsaved: dict[str, Any] | None = None
+        self._told_ready = False
+        self._next_save_s = self._next_reserve_s = 0.0
+        self.faults = 0  # of our own, counted by the process's loop
+
+    # --- begin and end --------------------------------------------------------------------------------------
+    def begin(self) -> None:
+        """Say who we are and let the supervisor ask for the first worker."""
+        parts = self._parts
+        names, boot = ", ".join(parts.supervisor.services), parts.outbox.boot
+        parts.journal.notice("agent.started", f"Edgewarden {VERSION} serves {names}", boot=boot, pid=parts.process_id)
+        parts.notifier.starting(parts.config.worker.start_timeout_s + 10.0)
+        self.reporter.presence("online", "started")
+        digests = {plan.engine: plan.digest for one in parts.blueprints for plan in one.plan.engines}
+        self.reporter.birth(parts.vitals.info, runtime=metadata.version("onnxruntime"), artifacts=digests)
+        self.handle(AgentStarted())
+        for monitor in parts.monitors.values():
+            self._handle_all(monitor.announce())
+        for problem in (problem for one in parts.blueprints for problem in one.problems):
+            self._execute(Publish("error", "engine", problem))
+        if parts.store.set_aside:
+            text = f"the agent's state was damaged and is set aside in {parts.store.set_aside}"
+            self._execute(Publish("error", "health", text))
+
+    async def end(self) -> None:
+        """Let the workers finish, then keep and tell the last things."""
+        self._stopping = True
+        if self._start_timer:
+            self._start_timer.cancel()
+        await self.generations.stop()
+        self.read_observations()
+        self.save_monitors()
+        self._save(self._parts.supervisor.state())
+        self.send_telemetry()
+        self.reporter.presence("offline", "stopped")
+
+    # --- beats ----------------------------------------------------------------------------------------------
+    def read_observations(self) -> None:
+        while True:
+            records, gaps = self._parts.intake.read()
+            for part in self.clock.slices(records):
+                for monitor in self._parts.monitors.values():
+                    self._handle_all(monitor.observe(part, gaps=gaps))
+                gaps = 0
+            if not len(records):
+                return
+
+    def tick(self) -> None:
+        current = self.generations.current
+        vital = self._parts.vitals.sample(
+            monotonic_s(), [self._parts.process_id, *([current.pid] if current else [])]
+        )
+        self._handle_all(
+            self._parts.device_monitor.observe(
+                power_w=vital.power.watts if vital.power.measured else None,  # an estimate raises no alarm
+                temperature_c=vital.heat.temperature_c,
+                memory_bytes=vital.usage.resident_bytes,
+            )
+        )
+        self.handle(Tick())
+        if self._unsaved is not None:
+            self._save(self._unsaved)
+        self._parts.outbox.tidy(wall_s())
+        now_s = monotonic_s()
+        if now_s >= self._next_save_s:
+            self._next_save_s = now_s + SAVE_MONITORS_S
+            self.save_monitors()
+        if now_s >= self._next_reserve_s:
+            self._next_reserve_s = now_s + RESERVE_S
+            self._parts.store.keep_reserve()
+        self._tell_manager()
+
+    def _tell_manager(self) -> None:
+        """Readiness once, then a sign of life: reaching this line proves that the loop turns."""
+        words = "; ".join(
+            f"{name}: {self._parts.supervisor.serving(name)} serves" for name in self._parts.supervisor.services
+        )
+        current = self.generations.current
+        serving = current is not None and current.phase is Phase.SERVING
+        status = words if serving else "no worker serves"
+        if not self._told_ready and (serving or self.generations.statistics()["lost"]):
+            self._told_ready = True
+            self._parts.notifier.ready(status)
+        elif self._told_ready:
+            self._parts.notifier.status(status)
+        self._parts.notifier.alive()
+
+    def send_telemetry(self) -> None:
+        fields = add_up((name, monitor.take_window()) for name, monitor in self._parts.monitors.items())
+        outbox = self._parts.outbox.statistics()
+        fields["counters"] |= {
+            "outbox.dropped": int(outbox["dropped"] + outbox["expired"] + outbox["refused"]),  # since the boot
+            "ring.gaps": self._parts.intake.statistics()["gaps"],
+            "agent.faults": self.faults,
+        }
+        rows = sum(count for name, count in fields["counters"].items() if name.endswith(".rows"))
+        fields["power"] = self._parts.vitals.take_power_window(inferences=rows)
+        fields["gauges"] = self._parts.vitals.gauges()
+        fields["health"] = {
+            name: self._parts.supervisor.health(name).value for name in self._parts.supervisor.services
+        }
+        to_s = wall_s()
+        self.reporter.telemetry(from_s=self._window_from_s, to_s=to_s, fields=fields)
+        self._window_from_s = to_s
+
+    # --- events and commands --------------------------------------------------------------------------------
+    def _handle_all(self, events: list[Event]) -> None:
+        for event in events:
+            self.handle(event)
+
+    def handle(self, event: Event) -> None:
+        for command in self._parts.supervisor.handle(event, self.clock.now_s()):
+            self._execute(command)
+
+    def _execute(self, command: Command) -> None:
+        match command:
+            case Persist(state=state):
+                self._save(state)
+            case Activate(service=service, engine=engine, why=why, reason=reason):
+                self.generations.prefer(service, engine, reason)
+                self._parts.journal.notice("engine.activated", f"{engine} answers {service}: {reason}", why=why)
+                self._report()
+            case RestartWindows(service=service, engine=engine):
+                self._parts.monitors[service].restart_windows(engine)
+            case StartWorker(not_before=not_before, reason=reason):
+                self._schedule_worker(max(0.0, not_before - self.clock.now_s()), reason)
+            case Publish():
+                self._parts.journal.say(
+                    command.severity, f"event.{command.kind}", command.text,
+                    service=command.service, channels=",".join(command.channels),
+                )  # fmt: skip
+                self.reporter.event(command, decision_time_s=self.clock.now_s())
+
+    def _save(self, state: dict[str, Any]) -> None:
+        try:
+            self._parts.store.put_value(SUPERVISOR, state, durable=True)
+        except StorageError as error:  # the device must act all the same; the newest state is tried again each tick
+            self._unsaved = state
+            self._parts.journal.error("state.unsaved", error.sentence(), code=error.code)
+        else:
+            self._unsaved = None
+
+    def save_monitors(self) -> None:
+        try:
+            for name, monitor in self._parts.monitors.items():
+                self._parts.store.put_value(MONITOR + name, monitor.state())
+        except StorageError as error:
+            self._parts.journal.error("state.unsaved", error.sentence(), code=error.code)
+
+    def _report(self) -> None:
+        keys = ("serving", "preferred", "phase", "why", "reason", "since_s", "health", "pin")
+        services = {}
+        for blueprint in self._parts.blueprints:
+            decided = self._parts.supervisor.status(blueprint.name)
+            versions = {plan.engine: plan.version for plan in blueprint.plan.engines}
+            services[blueprint.name] = {
+                "active": decided["serving"], **{key: decided[key] for key in keys}, "versions": versions
+            }  # fmt: skip
+        self.reporter.reported(services)
+
+    # --- workers --------------------------------------------------------------------------------------------
+    def _schedule_worker(self, pause_s: float, reason: str) -> None:
+        if self._start_timer:
+            self._start_timer.cancel()
+        self._parts.journal.info("worker.wanted", reason, pause_s=pause_s)
+        self._start_timer = asyncio.get_running_loop().call_later(pause_s, self._start_worker)
+
+    def _start_worker(self) -> None:
+        self._start_timer = None
+        services = tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
+        number = self.generations.start(
+            services,
+            max_body_bytes=self._parts.config.serving.max_body_bytes,
+            stuck_after_s=self._parts.config.worker.stuck_after_s,
+        )
+        self._parts.journal.info("worker.starting", "a worker loads its engines", generation=number)
+
+    def _frame(self, number: int, frame: FromWorker) -> None:
+        match frame:
+            case Ready():
+                self._worker_ready(frame)
+            case EngineTrouble():
+                self._parts.journal.warning(
+                    "engine.trouble", frame.text,
+                    service=frame.service, engine=frame.engine, code=frame.code, count=frame.count,
+                )  # fmt: skip
+            case _:
+                self._parts.journal.debug("worker.frame", str(frame), generation=number)
+
+    def _worker_ready(self, ready: Ready) -> None:
+        usable: dict[str, tuple[str, ...]] = {one.name: () for one in self._parts.blueprints}
+        for loaded in ready.engines:
+            if loaded.golden_ok:
+                usable[loaded.service] += (loaded.engine,)
+            else:
+                self._parts.journal.error(
+                    "engine.unusable", loaded.error, service=loaded.service, engine=loaded.engine
+                )
+        self._parts.journal.notice("worker.ready", "a worker is ready", generation=ready.generation, pid=ready.pid)
+        self.handle(WorkerReady(ready.generation, usable))
+
+    def _worker_lost(self, number: int, reason: str) -> None:
+        self._parts.journal.error("worker.lost", f"worker {number} is gone: {reason}", generation=number)
+        self.read_observations()  # what it did before it ended
+        if not self._stopping:
+            self.handle(WorkerLost(number, reason))

@@ -1,0 +1,133 @@
+"""Says what happened in the contract's words: presence, birth, reported, telemetry and events.
+
+Queued messages get their sequence number from the outbox; retained documents go to the link. Without a link
+nothing is queued: there is nobody to tell. What is worth saying is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from agent import VERSION
+from agent.clock import wall_s
+from agent.contract.messages import Birth, Event, Reported, Status, Telemetry
+from agent.contract.topics import Topics
+from agent.decisions.events import Publish
+from agent.link import Link
+from agent.outbox import Outbox, Priority
+from agent.sensors.device import DeviceInfo
+
+CAPABILITIES = ("serve", "drift", "fallback", "guard", "power", "outbox")
+MAX_TEXT = 500
+
+
+class Reporter:
+    """The device's voice. Owned by the event loop."""
+
+    def __init__(self, topics: Topics, outbox: Outbox, link: Link | None) -> None:
+        self._topics = topics
+        self._outbox = outbox
+        self._link = link
+        self._counts = dict.fromkeys(("events", "telemetry"), 0)
+
+    def presence(self, state: Literal["online", "offline"], reason: str) -> None:
+        document = Status(device=self._topics.device, boot=self._outbox.boot, state=state, reason=reason, at=wall_s())
+        self._announce(self._topics.status, document.encode())
+
+    def birth(self, info: DeviceInfo, *, runtime: str, artifacts: Mapping[str, str]) -> None:
+        """What this device is and carries; `artifacts`: engine -> manifest digest."""
+        document = Birth(
+            device=self._topics.device,
+            boot=self._outbox.boot,
+            at=wall_s(),
+            agent=VERSION,
+            runtime=runtime,
+            machine=info.machine,
+            system=info.system,
+            cpu_flags=list(info.cpu_flags),
+            memory_bytes=info.memory_bytes,
+            capabilities=list(CAPABILITIES),
+            artifacts=dict(artifacts),
+        )
+        self._announce(self._topics.birth, document.encode())
+
+    def reported(self, services: Mapping[str, Mapping[str, Any]]) -> None:
+        """What runs now."""
+        document = Reported(
+            device=self._topics.device, boot=self._outbox.boot, at=wall_s(), services=_finite(services)
+        )
+        self._announce(self._topics.reported, document.encode())
+
+    def event(self, said: Publish, *, decision_time_s: float) -> None:
+        """Queue one event; all but plain information is an alarm in the outbox's eyes."""
+        priority = Priority.TELEMETRY if said.severity == "info" else Priority.ALARM
+        details = _finite({**said.details, "decision_time_s": decision_time_s})
+        at = wall_s()
+
+        def build(seq: int) -> bytes:
+            return Event(
+                device=self._topics.device,
+                boot=self._outbox.boot,
+                seq=seq,
+                at=at,
+                severity=said.severity,  # type: ignore[arg-type]  # checked by the model
+                kind=said.kind,
+                service=said.service,
+                text=said.text[:MAX_TEXT],
+                channels=list(said.channels),
+                numbers=_finite(said.numbers),
+                details=details,
+            ).encode()
+
+        self._queue(priority, self._topics.event(said.severity, said.kind), build, at)
+        self._counts["events"] += 1
+
+    def telemetry(self, *, from_s: float, to_s: float, fields: Mapping[str, Any]) -> None:
+        """Queue one window; `fields` as in `messages.Telemetry`."""
+
+        def build(seq: int) -> bytes:
+            message = {"device": self._topics.device, "boot": self._outbox.boot, "seq": seq, "at": to_s}
+            return Telemetry.model_validate({**message, "from_s": from_s, "to_s": to_s, **_finite(fields)}).encode()
+
+        self._queue(Priority.TELEMETRY, self._topics.telemetry, build, to_s)
+        self._counts["telemetry"] += 1
+
+    def statistics(self) -> dict[str, int]:
+        return dict(self._counts)
+
+    # --- inside ---------------------------------------------------------------------------------------------
+    def _announce(self, topic: str, body: bytes) -> None:
+        if self._link is not None:
+            self._link.announce(topic, body)
+
+    def _queue(self, priority: Priority, topic: str, build: Any, at: float) -> None:
+        if self._link is not None:
+            self._outbox.put(priority, topic, build, at=at)
+            self._link.pump()
+
+
+def add_up(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Windows of all services (name, `Monitor.take_window()`) as the lists and counters of one telemetry message."""
+    counters: dict[str, int] = {}
+    latency: list[Any] = []
+    drift: list[Any] = []
+    for service, part in parts:
+        counters |= {f"{service}.{name}": count for name, count in part["counters"].items()}
+        latency += part["latency"]
+        drift += part["drift"]
+    return {"counters": counters, "latency": latency, "drift": drift}
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: unknown numbers are left out of tables."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(inner) for key, inner in value.items() if not _is_unknown(inner)}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return value
+
+
+def _is_unknown(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
