@@ -140,8 +140,9 @@ def interpret(model: bytes, input_name: str, windows: Windows) -> NDArray[np.flo
     import onnx
     from onnx.reference import ReferenceEvaluator
 
-    told = ReferenceEvaluator(onnx.load_from_string(model)).run([PROBABILITY], {input_name: windows})
-    return np.asarray(told[0], np.float32)
+    evaluator = ReferenceEvaluator(onnx.load_from_string(model))
+    probability: Any = evaluator.run([PROBABILITY], {input_name: windows})
+    return np.asarray(probability[0], np.float32)
 
 
 def time_all(bench: Bench, variants: Sequence[Variant]) -> tuple[dict[str, Latency], bool]:

@@ -17,7 +17,7 @@ from agent.drift.reference import dump_reference
 from compressor.assess import Bench, golden_rows
 from compressor.cache import stage_key
 from compressor.candidate import Variant
-from compressor.evaluate import Answers, ask, fault_accuracy
+from compressor.evaluate import Answers, FaultLine, ask, fault_accuracy, fault_table
 from compressor.files import dump_arrays
 from compressor.reference import (
     ViewNames,
@@ -58,6 +58,14 @@ def floor_column(bench: Bench, prior: Sequence[float]) -> list[float]:
     """The floor always names the most frequent class, whatever the input."""
     labels = bench.data.role(Role.STREAM).labels
     return [float((labels == int(np.argmax(prior))).mean())] * len(bench.task.all_faults())
+
+
+def table(
+    bench: Bench, columns: Mapping[str, Sequence[float]], *, active: str, clean: float
+) -> tuple[FaultLine, ...]:
+    """The fault table of a card."""
+    faults, limit = bench.task.all_faults(), bench.recipe.faults.harmful_drop
+    return fault_table(faults, columns, active=active, clean=clean, harmful_drop=limit)
 
 
 def class_prior(task: Task, data: TaskData) -> list[float]:

@@ -132,11 +132,12 @@ def run_job(job: Job, report: Report) -> tuple[Variant, ...]:
     task, task_sha256 = open_task(job.recipe, job.recipe_path)
     with translated("load data", task.name):
         data = task.load(job.recipe.data)
-    weights = _trained(job, task, task_sha256, data, report)
+    weights = trained_weights(job, task, task_sha256, data, report)
     return build_variants(job, task, task_sha256, data, weights, report)
 
 
-def _trained(job: Job, task: Task, task_sha256: str, data: TaskData, report: Report) -> bytes:
+def trained_weights(job: Job, task: Task, task_sha256: str, data: TaskData, report: Report) -> bytes:
+    """Float weights of one model as an .npz, trained now or before."""
     from compressor.stages import train as stage
 
     model, cache = job.model, Cache(job.cache)

@@ -15,7 +15,7 @@ from agent.contract.artifact import Budget, Choice
 from compressor import assess, evidence, package, select
 from compressor.cache import Cache
 from compressor.candidate import Candidate, Variant, Verdict
-from compressor.evaluate import FaultLine, fault_table
+from compressor.evaluate import FaultLine
 from compressor.jobs import Job, Report, run_jobs, translated, work
 from compressor.recipe import DeviceClassTable, Recipe, open_task
 from compressor.task import Role, Task, TaskData
@@ -159,10 +159,7 @@ def _ship(bench: assess.Bench, candidates: Sequence[Candidate], device: DeviceCl
     floor = floor_name(bench.task)
     columns[floor] = evidence.floor_column(bench, prior)
     accuracy = {service: active.accuracy[Role.STREAM], **{n: c.accuracy[Role.STREAM] for n, c in fallbacks.items()}}
-    table = fault_table(
-        bench.task.all_faults(), columns, active=service, clean=accuracy[service],
-        harmful_drop=bench.recipe.faults.harmful_drop,
-    )  # fmt: skip
+    table = evidence.table(bench, columns, active=service, clean=accuracy[service])
     accuracy[floor] = columns[floor][0]
     watch = evidence.watch(bench, active.variant, detection_runs=bench.recipe.faults.detection_runs)
     return Shipped(device, verdicts, active, fallbacks, tuple(fallback_verdicts), table, accuracy, service, watch)

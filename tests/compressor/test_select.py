@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from compressor.candidate import Candidate, Gate, Latency, Variant
+from compressor.errors import GateFailed
+from compressor.recipe import DeviceClassTable, ModelTable, SelectTable
+from compressor.select import choose, chosen, pareto_front
+
+RULES = SelectTable(tie=0.003, min_speedup=1.05)
+
+
+def candidate(
+    name: str,
+    accuracy: float,
+    us: float,
+    size: int,
+    *,
+    precision: str = "float32",
+    model: str = "",
+    passed: bool = True,
+) -> Candidate:
+    table = ModelTable(name=model or name, role="student", family="plain", width=1, epochs=1)
+    variant = Variant(name, table, precision, b"x" * size, 1, np.zeros((1, 1), np.float32))
+    gates = (Gate("accuracy", 0.0 if passed else 1.0, 0.5),)
+    return Candidate(variant, {"varied": accuracy, "stream": accuracy}, 1.0, Latency(us, us, us, 0.0), gates)
+
+
+def device(*, us: float = 100, size: int = 1000, prefer: str = "accuracy") -> DeviceClassTable:
+    return DeviceClassTable.model_validate(
+        {"name": "d", "latency_us": us, "size_bytes": size, "latency_p95_us": 1000, "prefer": prefer}
+    )
+
+
+def pick(candidates: list[Candidate], where: DeviceClassTable) -> str:
+    return chosen(choose(candidates, where, RULES, kind="model")).candidate
+
+
+def test_the_most_accurate_within_the_budget_wins() -> None:
+    pool = [candidate("big", 0.99, 500, 900), candidate("mid", 0.97, 50, 900), candidate("small", 0.93, 10, 90)]
+    assert pick(pool, device()) == "mid"
+
+
+def test_among_equals_the_smaller_wins() -> None:
+    pool = [candidate("large", 0.970, 50, 900), candidate("compact", 0.968, 60, 300)]
+    assert pick(pool, device()) == "compact"
+
+
+def test_a_class_that_prefers_size_takes_the_smallest_that_passes() -> None:
+    pool = [candidate("a", 0.99, 50, 900), candidate("b", 0.93, 10, 90), candidate("c", 0.5, 1, 9, passed=False)]
+    assert pick(pool, device(prefer="size")) == "b"
+
+
+def test_a_file_slower_than_its_float_parent_never_ships() -> None:
+    pool = [
+        candidate("m", 0.95, 20.0, 900, model="m"),
+        candidate("m-int8", 0.99, 20.1, 300, model="m", precision="int8"),
+    ]
+    verdicts = choose(pool, device(prefer="size"), RULES, kind="model")
+    assert chosen(verdicts).candidate == "m"
+    assert "slower than its float parent" in verdicts[1].reason
+
+
+def test_a_file_clearly_faster_than_its_parent_may_ship() -> None:
+    pool = [
+        candidate("m", 0.95, 20.0, 900, model="m"),
+        candidate("m-int8", 0.95, 15.0, 300, model="m", precision="int8"),
+    ]
+    assert pick(pool, device()) == "m-int8"
+
+
+def test_every_candidate_gets_a_reason_and_the_manifest_one_holds_no_times() -> None:
+    pool = [candidate("big", 0.99, 500, 5000), candidate("mid", 0.97, 50.5, 900), candidate("small", 0.93, 10, 90)]
+    verdicts = {verdict.candidate: verdict for verdict in choose(pool, device(), RULES, kind="model")}
+    assert all(verdict.reason for verdict in verdicts.values())
+    assert "latency 500" in verdicts["big"].reason
+    assert "size" in verdicts["big"].reason
+    assert "less accurate than 'mid' by 0.040" in verdicts["small"].reason
+    assert " us" in verdicts["mid"].reason
+    assert " us" not in verdicts["mid"].plain_reason
+
+
+def test_nothing_that_fits_is_a_failed_gate_with_figures() -> None:
+    with pytest.raises(GateFailed, match="closest was 'near'") as caught:
+        choose([candidate("far", 0.9, 500, 5000), candidate("near", 0.9, 150, 90)], device(), RULES, kind="model")
+    assert (caught.value.gate, caught.value.measured, caught.value.limit) == ("latency", 150, 100)
+
+
+def test_the_front_holds_what_nobody_beats() -> None:
+    pool = [
+        candidate("exact", 0.99, 90, 900), candidate("beaten", 0.95, 95, 950),
+        candidate("fast", 0.95, 20, 400), candidate("tiny", 0.90, 20, 100),
+    ]  # fmt: skip
+    assert pareto_front(pool) == ("exact", "fast", "tiny")
