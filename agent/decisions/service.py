@@ -266,7 +266,6 @@ def _apply(
         changed_s=now_s,
         served=0,
         outcomes={**state.outcomes, stay.engine: ""},
-        benched=without_bench(state, policy.preferred) if move.signal is Signal.SETTLED else state.benched,
     )
     commands: list[Command] = []
     if stay.engine != before.engine:
