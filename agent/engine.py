@@ -134,13 +134,15 @@ class OnnxEngine:
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             # from the path: parsing bytes would hold the interpreter's lock for the whole load
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False
+            )
+            return cls(session, name)
         except _FOREIGN as error:
             kind = _LOAD_ERRORS.get(type(error).__name__, Incompatible)
             raise kind(
                 f"engine '{name}' cannot be loaded from {path} by onnxruntime {runtime_version()}: {_short(error)}"
             ) from None
-        return cls(session, name)
 
     def warm(self, *, limit_s: float = 10.0) -> None:
         """Run a few times on zeros, measure, and prepare the pre-bound batch-1 lane where shapes allow it.
@@ -283,7 +285,7 @@ def load_golden(path: Path) -> Golden:
     try:
         if path.stat().st_size > MAX_GOLDEN_BYTES:
             raise TooLarge(f"{path} has {path.stat().st_size} bytes, at most {MAX_GOLDEN_BYTES} are read")
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         tolerance = float(arrays["tolerance"])
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:

@@ -63,7 +63,8 @@ class Guard:
         self._mean = limits[:, 2]
         self._weights = np.left_shift(np.uint64(1), np.arange(len(self._names), dtype=np.uint64))
         groups = list(dict.fromkeys(channel.group for channel in plan.channels))
-        self._members = np.array([[c.group == g for g in groups] for c in plan.channels], bool)  # (channels, groups)
+        members = [[c.group == g for g in groups] for c in plan.channels]
+        self._members = np.array(members, bool).reshape(len(members), len(groups))  # (channels, groups)
         self._neighbours = _neighbours(self._members)
         rms = [(plan.group_rms or {}).get(group, (0.0, np.inf)) for group in groups]
         self._mean_square_low = np.array([(low / plan.scale_factor) ** 2 for low, _ in rms])

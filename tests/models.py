@@ -1,4 +1,4 @@
-"""Small ONNX models, plans and artifacts for tests of the device side. Built with the onnx package, never by mocks."""
+"""Small ONNX models and plans for tests of the device side: built with the onnx package, never mocks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expected_probability(x: np.ndarray[Any, Any], scale: float = 1.0) -> np.ndar
 
 
 def classifier(*, scale: float = 1.0, view: bool = True, trouble: str = "") -> onnx.ModelProto:
-    """window (rows, LENGTH, CHANNELS) -> probability (rows, CLASSES), and the view (rows, CHANNELS): channel means.
+    """A graph window (rows, LENGTH, CHANNELS) -> probability (rows, CLASSES) and the view: channel means.
 
     `trouble` says what happens when the first number of the first row is above 100:
     "raise" (a Reshape that cannot fit), "nan" (NaN in the output), "slow" (a loop that never ends).
