@@ -149,7 +149,7 @@ class Watchdog:
         self._watches: list[Watch] = []
         self._closing = threading.Event()
         self._wake = threading.Event()
-        self._asleep = False
+        self.asleep = False  # nothing ran for a while
         self._thread = threading.Thread(target=self._patrol, name="watchdog", daemon=True)
         self._thread.start()
 
@@ -161,7 +161,7 @@ class Watchdog:
 
     def notice(self) -> None:
         """A run starts."""
-        if self._asleep:
+        if self.asleep:
             self._wake.set()
 
     def close(self) -> None:
@@ -187,10 +187,10 @@ class Watchdog:
 
     def _sleep(self) -> None:
         # `asleep` first, then look: a run that starts in between sees it and sets the event
-        self._asleep = True
+        self.asleep = True
         if not any(watch.started_ns for watch in self._watches):
             self._wake.wait()
-        self._asleep = False
+        self.asleep = False
         self._wake.clear()
 
 
@@ -251,8 +251,12 @@ class Serving:
         stuck_after_s: float,
         on_unstoppable: Callable[[], None],
         on_trouble: Callable[[], None] = lambda: None,
+        inline_us: float = INLINE_US,
     ) -> None:
-        """`on_trouble` is called on the event loop's thread when `take_troubles` has something new."""
+        """`on_trouble` is called on the event loop's thread when `take_troubles` has something new.
+
+        Requests expected to take less than `inline_us` are run on the event loop's thread.
+        """
         self.services = {service.plan.service: service for service in services}
         self._ring = ring
         self._stuck_ns = int(stuck_after_s * 1e9)
@@ -261,6 +265,7 @@ class Serving:
         self._runners: dict[str, _Runner] = {}
         self._troubles: dict[tuple[str, str, str], EngineTrouble] = {}
         self._on_trouble = on_trouble
+        self._inline_us = inline_us
 
     def service(self, name: str) -> Service:
         """Raises: UnknownModel: no service has this name."""
@@ -276,7 +281,7 @@ class Serving:
         """
         service = self.service(request.service)
         rows = service.check(request)
-        if rows * service.lineup.slowest_us < INLINE_US:
+        if rows * service.lineup.slowest_us < self._inline_us:
             self._finish(service, request, _Attempt(service, request, self._watch, self._stuck_ns).run(), done)
             return
         refusal = _refusal(service, request)

@@ -1,0 +1,435 @@
+"""One request through guard, lineup and ring, in this process and without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent import clock
+from agent.contract.errors import (
+    DeadlineExceeded,
+    EngineFailed,
+    InvalidRequest,
+    Overloaded,
+    ServingError,
+    UnknownModel,
+)
+from agent.contract.plan import EnginePlan, GuardPolicy, ServicePlan, TensorPlan
+from agent.engine import RunControl
+from agent.lineup import load_lineup
+from agent.observation import MAX_ROWS, Outcome, RingReader, RingWriter, create_ring
+from agent.serving import Answer, Request, Service, Serving, Watchdog
+from tests.models import engine_plan, expected_probability, floor_plan, guard_plan, service_plan, window
+
+Story = Callable[["Stage"], Awaitable[None]]
+THREAD = 0.0  # as inline_us: every request goes through the queue and the service's thread
+TOLD = 200.0  # a window shifted by this makes a troubled engine do its worst
+
+
+class Stage:
+    """A Serving over one service, with the ring's other end."""
+
+    def __init__(self, plan: ServicePlan, ring_fd: int, *, stuck_after_s: float = 5.0, inline_us: float = 1e6) -> None:
+        lineup, _ = load_lineup(plan)
+        self.service = Service(0, plan, lineup)
+        self.unstoppable: list[str] = []
+        self.troubled = 0
+        self.serving = Serving(
+            [self.service], RingWriter(ring_fd), stuck_after_s=stuck_after_s,
+            on_unstoppable=lambda: self.unstoppable.append("stuck"), on_trouble=self._count,
+            inline_us=inline_us,
+        )  # fmt: skip
+        self.ring = RingReader(ring_fd)
+
+    def submit(self, x: np.ndarray, **options: Any) -> asyncio.Future[Answer | ServingError]:
+        future: asyncio.Future[Answer | ServingError] = asyncio.get_running_loop().create_future()
+        request = Request("wrist", {"window": x}, clock.monotonic_ns(), **options)
+        self.serving.submit(request, future.set_result)
+        return future
+
+    async def ask(self, x: np.ndarray, **options: Any) -> Answer:
+        reply = await self.submit(x, **options)
+        if isinstance(reply, ServingError):
+            raise reply
+        return reply
+
+    def _count(self) -> None:
+        self.troubled += 1
+
+
+@pytest.fixture
+def ring_fd() -> Iterator[int]:
+    fd = create_ring()
+    yield fd
+    os.close(fd)
+
+
+def play(plan: ServicePlan, ring_fd: int, story: Story, **options: Any) -> None:
+    async def scene() -> None:
+        stage = Stage(plan, ring_fd, **options)
+        try:
+            await asyncio.wait_for(story(stage), 60)
+        finally:
+            stage.serving.close()
+
+    asyncio.run(scene())
+
+
+def outputs(answer: Answer) -> dict[str, np.ndarray]:
+    return {tensor.name: tensor.array for tensor in answer.outputs}
+
+
+def three(folder: Path, trouble: str = "", **changes: Any) -> ServicePlan:
+    engines: list[EnginePlan] = [
+        engine_plan(folder, "wrist", version=3, trouble=trouble),
+        engine_plan(folder, "wrist-accel", scale=2.0),
+        floor_plan(),
+    ]
+    return service_plan(*engines, **changes)
+
+
+def test_a_good_request_is_answered_by_the_active_engine(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x = window(rows=2)
+        answer = await stage.ask(x)
+        assert (answer.engine, answer.version, answer.reason, answer.guard) == ("wrist", "3", "active", "")
+        np.testing.assert_allclose(outputs(answer)["probability"], expected_probability(x), atol=1e-6)
+
+    play(three(tmp_path), ring_fd, story)
+
+
+def test_hidden_views_are_never_in_an_answer_and_cannot_be_asked_for(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        assert list(outputs(await stage.ask(window()))) == ["probability"]
+        with pytest.raises(InvalidRequest, match="no output 'ew_view_channels', only probability"):
+            await stage.ask(window(), outputs=("ew_view_channels",))
+
+    play(three(tmp_path), ring_fd, story)
+
+
+def test_every_row_leaves_a_record_with_view_class_and_entropy(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x = window(rows=3)
+        await stage.ask(x, data_time_s=77.5)
+        records = stage.ring.read()
+        expected = expected_probability(x)
+        assert records["row"].tolist() == [0, 1, 2]
+        assert set(records["rows"].tolist()) == {3}
+        assert set(records["outcome"].tolist()) == {Outcome.OK}
+        assert set(records["data_time_s"].tolist()) == {77.5}
+        assert (records["latency_us"] > 0).all()
+        assert records["predicted"].tolist() == expected.argmax(axis=1).tolist()
+        np.testing.assert_allclose(records["confidence"], expected.max(axis=1), rtol=1e-5)
+        np.testing.assert_allclose(records["entropy"], -(expected * np.log(expected)).sum(axis=1), rtol=1e-5)
+        assert set(records["view_width"].tolist()) == {3}
+        np.testing.assert_allclose(records["view"][:, :3], x.mean(axis=1), atol=1e-6)
+
+    play(three(tmp_path), ring_fd, story)
+
+
+def test_a_large_batch_leaves_a_bounded_number_of_records(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        await stage.ask(window(rows=MAX_ROWS + 36))
+        records = stage.ring.read()
+        assert len(records) == MAX_ROWS
+        assert set(records["rows"].tolist()) == {MAX_ROWS + 36}
+        assert stage.service.counters.rows == MAX_ROWS + 36
+
+    play(three(tmp_path), ring_fd, story)
+
+
+# --- failover ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("trouble", "code"), [("raise", "engine_failed"), ("nan", "non_finite")])
+def test_the_same_request_is_answered_by_the_next_engine(
+    tmp_path: Path, ring_fd: int, trouble: str, code: str
+) -> None:
+    async def story(stage: Stage) -> None:
+        x = window(TOLD)
+        answer = await stage.ask(x)
+        assert (answer.engine, answer.reason) == ("wrist-accel", f"failover: wrist {code}")
+        np.testing.assert_allclose(outputs(answer)["probability"], expected_probability(x, 2.0), atol=1e-5)
+        [record] = stage.ring.read()
+        assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.FAILED_OVER, 1, 0)
+        assert stage.troubled == 1
+        [told] = stage.serving.take_troubles()
+        assert (told.service, told.engine, told.code, told.count) == ("wrist", "wrist", code, 1)
+        assert stage.serving.take_troubles() == []
+        assert (await stage.ask(window())).engine == "wrist"
+
+    play(three(tmp_path, trouble), ring_fd, story)
+
+
+@pytest.mark.parametrize("inline_us", [1e6, THREAD])
+def test_a_run_past_its_deadline_is_ended_and_the_next_engine_answers_in_time(
+    tmp_path: Path, ring_fd: int, inline_us: float
+) -> None:
+    async def story(stage: Stage) -> None:
+            answer = await stage.ask(window(TOLD), deadline_ms=400.0)
+        assert (answer.engine, answer.reason) == ("wrist-accel", "failover: wrist deadline_exceeded")
+        assert [trouble.code for trouble in stage.serving.take_troubles()] == ["deadline_exceeded"]
+        assert (await stage.ask(window())).engine == "wrist"  # the engine that was ended works again
+
+    play(three(tmp_path, "slow"), ring_fd, story, inline_us=inline_us)
+
+
+def test_a_stuck_run_is_ended_long_before_a_generous_deadline(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        answer = await stage.ask(window(TOLD), deadline_ms=600_000.0)
+        assert answer.reason == "failover: wrist stuck"
+        assert stage.unstoppable == []
+
+    play(three(tmp_path, "slow"), ring_fd, story, stuck_after_s=0.2)
+
+
+def test_when_all_models_fail_the_floor_answers_and_is_marked(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        answer = await stage.ask(window(TOLD, rows=2))
+        assert (answer.engine, answer.reason) == ("wrist-floor", "failover: wrist engine_failed")
+        np.testing.assert_allclose(outputs(answer)["probability"], [[0.1, 0.2, 0.3, 0.4]] * 2)
+        record = stage.ring.read()[0]
+        assert (record["outcome"], record["engine"], record["view_width"]) == (Outcome.FLOOR, 1, 0)
+        assert record["predicted"] == 3
+
+    play(service_plan(engine_plan(tmp_path, "wrist", trouble="raise"), floor_plan()), ring_fd, story)
+
+
+def test_the_floor_answers_even_after_the_deadline_was_used_up(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        answer = await stage.ask(window(TOLD), deadline_ms=100.0)
+        assert (answer.engine, answer.reason) == ("wrist-floor", "failover: wrist deadline_exceeded")
+
+    play(service_plan(engine_plan(tmp_path, "wrist", trouble="slow"), floor_plan()), ring_fd, story)
+
+
+def test_a_floor_that_is_configured_to_refuse_refuses(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        with pytest.raises(Overloaded, match="only the floor is left"):
+            await stage.ask(window(TOLD))
+        assert stage.ring.read()["outcome"].tolist() == [Outcome.FLOOR]
+
+    plan = service_plan(engine_plan(tmp_path, "wrist", trouble="raise"), floor_plan(), floor_status=503)
+    play(plan, ring_fd, story)
+
+
+def test_without_a_floor_the_last_failure_is_the_answer(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        with pytest.raises(EngineFailed, match="engine 'wrist' failed"):
+            await stage.ask(window(TOLD))
+        assert stage.ring.read()["outcome"].tolist() == [Outcome.ERROR]
+
+    play(service_plan(engine_plan(tmp_path, "wrist", trouble="raise")), ring_fd, story)
+
+
+def test_without_a_floor_a_run_past_the_deadline_is_a_deadline_error(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        with pytest.raises(DeadlineExceeded):
+            await stage.ask(window(TOLD), deadline_ms=50.0)
+        assert stage.ring.read()["outcome"].tolist() == [Outcome.DEADLINE]
+
+    play(service_plan(engine_plan(tmp_path, "wrist", trouble="slow")), ring_fd, story)
+
+
+def test_an_empty_lineup_asks_to_come_back(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        assert not stage.service.ready
+        with pytest.raises(Overloaded, match="no engine of 'wrist' is usable"):
+            await stage.ask(window())
+
+    play(service_plan(engine_plan(tmp_path, "wrist", wrong=1.0)), ring_fd, story)
+
+
+def test_a_preference_holds_from_the_next_request_on(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.serving.prefer("wrist", "wrist-accel", "gyro dead")
+        answer = await stage.ask(window())
+        assert (answer.engine, answer.reason) == ("wrist-accel", "preferred: gyro dead")
+        [record] = stage.ring.read()
+        assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.OK, 1, 1)
+        stage.serving.prefer("wrist", "wrist", "")
+        assert (await stage.ask(window())).reason == "active"
+        with pytest.raises(UnknownModel):
+            stage.serving.prefer("wrist", "nobody", "")
+
+    play(three(tmp_path), ring_fd, story)
+
+
+# --- guard ---------------------------------------------------------------------------------------------------
+def test_a_dead_channel_is_served_told_and_recorded(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x = window(rows=2)
+        x[1, :, 2] = 0
+        answer = await stage.ask(x)
+        assert answer.guard == "dead:gx"
+        assert stage.ring.read()["dead_bits"].tolist() == [0, 0b100]
+
+    play(three(tmp_path), ring_fd, story)
+
+
+def test_what_the_guard_refuses_reaches_no_engine(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x = window()
+        x[0, 3, 1] = math.nan
+        with pytest.raises(InvalidRequest, match="NaN or infinity in channel ay"):
+            await stage.ask(x)
+        [record] = stage.ring.read()
+        assert (record["outcome"], record["engine"], record["not_finite_bits"]) == (
+            Outcome.REFUSED_BY_GUARD, 255, 0b010
+        )  # fmt: skip
+
+    play(three(tmp_path), ring_fd, story)
+
+
+def test_an_imputed_input_is_what_the_engine_sees(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x, repaired = window(), window()
+        x[0, 3, 1], repaired[0, 3, 1] = math.nan, -0.25
+        answer = await stage.ask(x)
+        assert answer.guard == "not_finite:ay"
+        np.testing.assert_allclose(outputs(answer)["probability"], expected_probability(repaired), atol=1e-6)
+
+    play(three(tmp_path, guard=guard_plan(not_finite=GuardPolicy.IMPUTE)), ring_fd, story)
+
+
+def test_a_service_without_a_guard_serves(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        assert (await stage.ask(window() * 0)).guard == ""
+
+    play(three(tmp_path, guard=None), ring_fd, story)
+
+
+# --- requests that do not fit --------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("inputs", "options", "kind", "words"),
+    [
+        ({"window": window()[:, :5]}, {}, InvalidRequest, r"must have shape \[-1, 16, 3\], \[1, 5, 3\] was given"),
+        ({"window": window()[0]}, {}, InvalidRequest, r"\[16, 3\] was given"),
+        ({"window": window()[:0]}, {}, InvalidRequest, "1 to 4096 rows, not 0"),
+        ({}, {}, InvalidRequest, "takes the inputs window, given were none"),
+        ({"x": window()}, {}, InvalidRequest, "given were x"),
+        ({"window": window()}, {"outputs": ("logits",)}, InvalidRequest, "no output 'logits'"),
+        ({"window": window()}, {"version": "9"}, UnknownModel, "no version 9, it serves 3"),
+        ({"window": window()}, {"deadline_ms": 0.0}, InvalidRequest, "ew_deadline_ms"),
+        ({"window": window()}, {"deadline_ms": math.nan}, InvalidRequest, "ew_deadline_ms"),
+        ({"window": window()}, {"service": "ankle"}, UnknownModel, "no model 'ankle', served are: wrist"),
+    ],
+)
+def test_a_request_that_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path, ring_fd: int, inputs: dict[str, Any], options: dict[str, Any], kind: type[Exception], words: str
+) -> None:
+    async def story(stage: Stage) -> None:
+        request = replace(Request("wrist", inputs, clock.monotonic_ns()), **options)
+        with pytest.raises(kind, match=words):
+            stage.serving.submit(request, lambda _: None)
+        assert stage.serving.statistics()["requests"] == 0
+
+    play(three(tmp_path), ring_fd, story)
+
+
+# --- load ----------------------------------------------------------------------------------------------------
+def test_a_full_queue_refuses_and_serves_what_it_took(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.run_us = 0.0  # only the count decides here
+        stuck = stage.submit(window(TOLD), deadline_ms=300.0)
+        accepted = [stage.submit(window(seed=n)) for n in range(3)]
+        refused = stage.submit(window())
+        assert refused.done()
+        reply = refused.result()
+        assert isinstance(reply, Overloaded)
+        assert "4 requests waiting" in str(reply)
+        assert stage.serving.statistics()["waiting"] == 4
+        for n, future in enumerate(accepted):
+            answer = await future
+            assert isinstance(answer, Answer)
+            np.testing.assert_allclose(
+                outputs(answer)["probability"], expected_probability(window(seed=n)), atol=1e-6
+            )
+        await stuck
+        assert stage.serving.statistics()["waiting"] == 0
+        assert stage.serving.statistics()["overloaded"] == 1
+
+    play(three(tmp_path, "slow", queue_limit=4), ring_fd, story, inline_us=THREAD)
+
+
+def test_a_request_whose_turn_would_come_too_late_is_refused_at_once(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.run_us = 50_000.0
+        first = stage.submit(window(TOLD), deadline_ms=300.0)
+        reply = await stage.submit(window(), deadline_ms=40.0)
+        assert isinstance(reply, Overloaded)
+        assert "about 50 ms of work" in str(reply)
+        await first
+
+    play(three(tmp_path, "slow"), ring_fd, story, inline_us=THREAD)
+
+
+def test_a_request_that_waited_past_its_deadline_is_not_run(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.run_us = 0.0
+        first = stage.submit(window(TOLD), deadline_ms=400.0)
+        late = await stage.submit(window(), deadline_ms=50.0)
+        assert isinstance(late, DeadlineExceeded)
+        assert "waiting" in str(late)
+        await first
+        assert stage.ring.read()["outcome"].tolist() == [Outcome.FAILED_OVER, Outcome.DEADLINE]
+
+    play(three(tmp_path, "slow"), ring_fd, story, inline_us=THREAD)
+
+
+def test_troubles_of_one_kind_are_counted_together(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        for _ in range(5):
+            await stage.ask(window(TOLD))
+        [told] = stage.serving.take_troubles()
+        assert told.count == 5
+
+    play(three(tmp_path, "nan"), ring_fd, story)
+
+
+def test_closing_ends_what_still_runs(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.submit(window(TOLD), deadline_ms=600_000.0)
+
+    play(three(tmp_path, "slow"), ring_fd, story, stuck_after_s=600.0, inline_us=THREAD)
+
+
+class Deaf:
+    """An engine whose run takes no orders, until the test lets it go."""
+
+    inputs: tuple[TensorPlan, ...] = ()
+    outputs: tuple[TensorPlan, ...] = ()
+    warm_us = 0.0
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def run(self, feeds: object, wanted: object = (), *, control: RunControl | None = None) -> dict[str, np.ndarray]:
+        self.released.wait(30)
+        return {}
+
+
+def test_a_run_that_ignores_its_end_is_reported_as_unstoppable() -> None:
+    engine = Deaf()
+    dog = Watchdog(-0.9, engine.released.set)  # fatal 0.1 s after the start
+    dog.watch().run(engine, {}, clock.monotonic_ns())
+    assert engine.released.is_set()
+    dog.close()
+
+
+def test_the_watchdog_sleeps_while_nothing_runs_and_wakes_for_a_run(tmp_path: Path) -> None:
+    engine = load_lineup(service_plan(engine_plan(tmp_path, "wrist", trouble="slow")))[0].seats[0].engine
+    dog = Watchdog(5.0, lambda: None)
+    watch = dog.watch()
+    while not dog.asleep:
+        clock.sleep(0.01)
+    with pytest.raises(EngineFailed, match="was ended"):
+        watch.run(engine, {"window": window(TOLD)}, clock.monotonic_ns() + 50_000_000)
+    dog.close()
