@@ -38,7 +38,7 @@ TOLD = 200.0  # a window shifted by this makes a troubled engine do its worst
 class Stage:
     """A Serving over one service, with the ring's other end."""
 
-    def __init__(self, plan: ServicePlan, ring_fd: int, *, stuck_after_s: float = 5.0, inline_us: float = 1e6) -> None:
+    def __init__(self, plan: ServicePlan, ring_fd: int, stuck_after_s: float = 5.0, inline_us: float = 1e6) -> None:
         lineup, _ = load_lineup(plan)
         self.service = Service(0, plan, lineup)
         self.unstoppable: list[str] = []
@@ -173,7 +173,7 @@ def test_a_run_past_its_deadline_is_ended_and_the_next_engine_answers_in_time(
     tmp_path: Path, ring_fd: int, inline_us: float
 ) -> None:
     async def story(stage: Stage) -> None:
-            answer = await stage.ask(window(TOLD), deadline_ms=400.0)
+        answer = await stage.ask(window(TOLD), deadline_ms=400.0)
         assert (answer.engine, answer.reason) == ("wrist-accel", "failover: wrist deadline_exceeded")
         assert [trouble.code for trouble in stage.serving.take_troubles()] == ["deadline_exceeded"]
         assert (await stage.ask(window())).engine == "wrist"  # the engine that was ended works again
