@@ -31,3 +31,8 @@ def sleep(seconds: float) -> None:
 def iso(wall: float) -> str:
     """`2026-01-31T12:00:00.250Z` for a wall time in seconds."""
     return datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def utc(wall: float) -> datetime:
+    """A wall time in seconds as a whole second with its zone, for libraries that want a datetime."""
+    return datetime.fromtimestamp(int(wall), UTC)
