@@ -26,6 +26,7 @@ from scripts.story.timeline import Timeline, clock_text, draw, moving_accuracy, 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "compressor/examples/wrist/recipe.quick.toml"
 DEVICE_CLASS = "gateway"
+VARIANT_KEYS = ("name", "accuracy", "latency_p50_us", "latency_cpu_p20_us", "size_bytes", "chosen", "reason")
 
 
 def arguments() -> argparse.Namespace:
@@ -116,24 +117,29 @@ def compress(out: Path, new_wearers: str) -> None:
 
 def compression_report(out: Path) -> dict[str, Any]:
     document: dict[str, Any] = json.loads((out / "artifacts/report.json").read_text())
-    return {"teacher": document["teacher"], "variants": document["variants"]}
+    chosen = next(item for item in document["device_classes"] if item["name"] == DEVICE_CLASS)
+    return {
+        "teacher": document["teacher"],
+        "device_class": DEVICE_CLASS,
+        "variants": [{key: variant[key] for key in VARIANT_KEYS} for variant in chosen["variants"]],
+    }
 
 
 def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[[], None]]:
     """Start the processes; returns the chapters' context and what ends them."""
+    from agent.drift import load_reference
     from agent.engine import OnnxEngine
-
+    from compressor.examples.faulty import build_faulty
     from compressor.examples.wrist.task import TASK
     from compressor.task import Role
     from scripts.story.chapters import Context
-    from scripts.story.faulty import build_faulty
     from scripts.story.player import Player
     from scripts.story.world import SERVICE, World
 
     data = TASK.load({"new_wearers": [int(number) for number in new_wearers.split(",")]})
     artifacts = out / "artifacts" / DEVICE_CLASS
     active = open_artifact(artifacts / SERVICE)
-    faulty = build_faulty(active, out / "wrist-faulty")
+    faulty = build_faulty(active.folder, out / "faulty")
     world = World(out, artifacts, faulty)
     try:
         world.start()
@@ -150,7 +156,7 @@ def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[
         timeline=Timeline(),
         console=console,
         engine=OnnxEngine.load(active.path("model")),
-        claim_rows=float(active.card()["claim"]["rows_per_alarm"]),
+        claim=load_reference(active.path("reference")).claim,
     )
     return context, world.close
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from agent.engine import OnnxEngine
 from rich.console import Console
 
 from agent import clock
 from agent.client import Client
 from agent.contract.errors import EdgewardenError
+from agent.drift import Claim
+from agent.engine import OnnxEngine
 from compressor.task import Rows, Task
 from scripts.story.player import Player, accuracy, order_of
 from scripts.story.timeline import Timeline
@@ -37,7 +38,7 @@ class Context:
     timeline: Timeline
     console: Console
     engine: OnnxEngine  # the active artifact, loaded here to know what it would have answered
-    claim_rows: float  # the artifact's claim: at most one alarm in so many rows
+    claim: Claim  # how many alarms the artifact's drift monitor allows itself
     report: dict[str, Any] = field(default_factory=dict)
 
     def settle(self) -> None:
@@ -73,7 +74,8 @@ def quiet(context: Context) -> None:
         "rows": len(replies),
         "alarms": len(alarms),
         "alarm_texts": [alarm["text"] for alarm in alarms],
-        "declared_budget": _declared_budget(context, len(replies)),
+        "declared_budget": context.claim.declared_budget(len(replies)),
+        "claim": context.claim.text,
         "accuracy": accuracy(replies),
         "compression_factor": QUIET_FACTOR,
     }
@@ -82,11 +84,6 @@ def quiet(context: Context) -> None:
         f"{len(replies)} windows of enrolled wearers in {ORDERS} orders: {len(alarms)} alarms, "
         f"accuracy {accuracy(replies):.3f}",
     )  # fmt: skip
-
-
-def _declared_budget(context: Context, rows: int) -> int:
-    """Alarms the artifact's claim allows for `rows` rows: one in every full claim, at most 1."""
-    return min(1, int(rows // context.claim_rows)) if context.claim_rows else 0
 
 
 def sensor_dies(context: Context) -> None:
