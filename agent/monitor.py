@@ -17,6 +17,7 @@ Holds no I/O and no clock; leaves all decisions to `agent.decisions`. Mutable, o
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,9 +46,10 @@ from agent.sketch import DEFAULT_RELATIVE_ERROR, LogSketch
 Records = NDArray[Any]
 """One-dimensional array of dtype `observation.RECORD`."""
 
-MAX_DRIFT_ROWS: Final = 2048
-"""Rows of one batch the regime monitor follows, about 0.1 s of CPU (45 us a row, drift-wrist.md section 6). Of more
-rows every k-th is followed and the others are counted as thinned."""
+DRIFT_ROWS_PER_S: Final = 4000.0
+"""Rows the regime monitor follows at most, about a fifth of a core (45 us a row, drift-wrist.md section 6). Above it
+every k-th row is followed and the others are counted as thinned; guards and drift windows still see every row."""
+DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: two seconds' worth
 BITS: Final = {
     "dead": "dead_bits",
     "stuck": "stuck_bits",
@@ -92,7 +94,8 @@ class Monitor:
         self._digest = reference.digest() if reference else ""
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
         self._rows = 0
-        self._thinned = 0
+        self._credit_rows = float(DRIFT_ROWS_AT_ONCE)
+        self._newest_ns = 0
         self._totals: Counter[str] = Counter()
         self._lifetime = {engine: LogSketch(plan.relative_error) for engine in plan.engines}
         self._start_window()
@@ -258,12 +261,24 @@ class Monitor:
         self._moments = self._moments.add(features, viewed["predicted"], counted)
         first = self._span[0] if self._span else int(judged["sequence"][0])
         self._span = (first, int(judged["sequence"][-1]))
-        step = max(1, -(-len(viewed) // MAX_DRIFT_ROWS))
-        self._count("rows_thinned", len(viewed) - len(viewed[::step]))
-        for row, predicted in zip(features[::step], viewed["predicted"][::step].tolist(), strict=True):
+        followed = self._follow(viewed)
+        self._count("rows_thinned", len(viewed) - len(viewed[followed]))
+        for row, predicted in zip(features[followed], viewed["predicted"][followed].tolist(), strict=True):
             finding = self._regimes.update(row, predicted)
             if finding:
                 yield self._alarm(finding)
+
+    def _follow(self, viewed: Records) -> slice:
+        """Which rows the regime monitor sees; a credit that grows with the arrival times pays for them."""
+        newest_ns = int(viewed["arrival_ns"].max(initial=self._newest_ns))
+        gained_rows = (newest_ns - self._newest_ns) * 1e-9 * DRIFT_ROWS_PER_S
+        self._newest_ns = newest_ns
+        self._credit_rows = min(self._credit_rows + gained_rows, DRIFT_ROWS_AT_ONCE)
+        if self._credit_rows < 1.0:
+            return slice(0)
+        step = max(1, math.ceil(len(viewed) / self._credit_rows))
+        self._credit_rows -= -(-len(viewed) // step)
+        return slice(None, None, step)
 
     def _odd_rows(self, judged: Records) -> Counter[str]:
         """Rows that were odd, by the names a drift window uses; a whole group has one scale."""

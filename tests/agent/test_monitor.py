@@ -13,7 +13,7 @@ from agent.decisions.budget import LatencyBudget
 from agent.decisions.events import AlarmCleared, AlarmKind, AlarmRaised, EngineFailed, EngineServed, Event, Level
 from agent.drift import MomentWindow, Reference
 from agent.drift.counters import CLEAR_ROWS
-from agent.monitor import MAX_DRIFT_ROWS, DeviceMonitor, Monitor, MonitorPlan
+from agent.monitor import DRIFT_ROWS_AT_ONCE, DRIFT_ROWS_PER_S, DeviceMonitor, Monitor, MonitorPlan
 from agent.observation import NO_ENGINE, RECORD, Observation, Outcome, RingReader, RingWriter, create_ring
 from agent.sketch import LogSketch
 from compressor.reference import build_reference
@@ -258,11 +258,22 @@ def test_records_without_a_view_are_not_judged_for_drift(stream: RegimeStream, r
 
 def test_more_rows_than_can_be_followed_are_thinned_and_counted(stream: RegimeStream, reference: Reference) -> None:
     watched = monitor(reference)
-    rows = stream.rows(2 * MAX_DRIFT_ROWS // 16, seed=5)
+    rows = stream.rows(2 * DRIFT_ROWS_AT_ONCE // 16, seed=5)
     watched.observe(viewed(rows.features, rows.predicted))
-    assert watched.statistics()["drift"]["rows"] == MAX_DRIFT_ROWS
-    assert watched.statistics()["counters"]["rows_thinned"] == MAX_DRIFT_ROWS
-    assert watched.take_window()["drift"][0]["rows"] == 2 * MAX_DRIFT_ROWS
+    assert watched.statistics()["drift"]["rows"] == DRIFT_ROWS_AT_ONCE
+    assert watched.statistics()["counters"]["rows_thinned"] == DRIFT_ROWS_AT_ONCE
+    assert watched.take_window()["drift"][0]["rows"] == 2 * DRIFT_ROWS_AT_ONCE
+
+
+def test_the_regime_monitor_follows_a_busy_service_at_a_bounded_rate(
+    stream: RegimeStream, reference: Reference
+) -> None:
+    watched, rows = monitor(reference), stream.rows(60, seed=5)
+    for tick in range(40):  # 960 rows every 50 ms: 19,200 a second
+        watched.observe(viewed(rows.features, rows.predicted, arrival_ns=tick * 50_000_000))
+    seconds = 39 * 0.05
+    followed = watched.statistics()["drift"]["rows"]
+    assert followed == pytest.approx(DRIFT_ROWS_AT_ONCE + DRIFT_ROWS_PER_S * seconds, rel=0.1)
 
 
 # --- telemetry ---------------------------------------------------------------------------------------------
