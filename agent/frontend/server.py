@@ -67,9 +67,17 @@ def error_response(status: int, text: str, headers: dict[str, str] | None = None
 class Server:
     """Accepts on inherited sockets and answers through a handler. Owned by the event loop's thread."""
 
-    def __init__(self, handler: Handler, *, max_body_bytes: int, max_connections: int = MAX_CONNECTIONS) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_body_bytes: int,
+        max_connections: int = MAX_CONNECTIONS,
+        slow_s: float = SLOW_S,
+    ) -> None:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
+        self.slow_s = slow_s
         self.draining = False
         self.connections: set[Connection] = set()
         self._max_connections = max_connections
@@ -227,8 +235,6 @@ class Connection(asyncio.Protocol):
             self._refuse(*(self._refusal or self._bug(error)))
         except httptools.HttpParserError:
             self._refuse(400, "the request is not well-formed HTTP/1.1")
-        except httptools.HttpParserUpgrade:
-            self._refuse(400, "no other protocol is spoken here")
         else:
             if was_in_head and self._in_head:
                 self._partial_bytes += len(data)
@@ -281,6 +287,8 @@ class Connection(asyncio.Protocol):
             self._stop(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
         if "host" not in headers and version == "1.1":
             self._stop(400, "the Host header is missing")
+        if self._parser.should_upgrade():
+            self._stop(400, "no other protocol is spoken here")
         if "transfer-encoding" in headers:
             self._stop(400, "bodies in chunks are not accepted, send a Content-Length")
         if headers.get("content-encoding", "identity").lower() != "identity":
@@ -325,7 +333,7 @@ class Connection(asyncio.Protocol):
             if now_ns - self._discarding_since_ns > LINGER_S * 1e9:
                 self.abort()
             return
-        allowed_s = SLOW_S + self._size / SLOWEST_BYTES_PER_S
+        allowed_s = self._server.slow_s + self._size / SLOWEST_BYTES_PER_S
         if self._reading_since_ns and now_ns - self._reading_since_ns > allowed_s * 1e9:
             self._refuse(408, f"the request did not arrive within {allowed_s:.0f} s")
 
@@ -335,6 +343,8 @@ class Connection(asyncio.Protocol):
 
     def _bug(self, error: httptools.HttpParserCallbackError) -> tuple[int, str]:
         """A handler raised what it should not: told to the process loop, which counts it; the worker lives on."""
+        if self._pending and self._pending[-1].response is None:
+            self._pending.pop()
         context = {"message": "a request handler failed", "exception": error.__context__ or error}
         asyncio.get_running_loop().call_exception_handler(context)
         return 500, "internal error"

@@ -1,0 +1,405 @@
+"""HTTP/1.1 on real sockets: pipelining, limits, everything with two readings refused, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.frontend.server import MAX_HEAD_BYTES, HttpRequest, HttpResponse, Reply, Server
+
+HEAD = b"Host: x\r\n"
+LIMIT_BYTES = 1000
+
+
+class Handler:
+    """Echoes path and body; paths under /held are answered when the test says so."""
+
+    def __init__(self) -> None:
+        self.requests: list[HttpRequest] = []
+        self.held: list[Callable[[], None]] = []
+
+    def __call__(self, request: HttpRequest, reply: Reply) -> None:
+        self.requests.append(request)
+        if request.path == "/bug":
+            raise ZeroDivisionError("a bug")
+        response = HttpResponse(200, (request.path.encode() + b" ", request.body))
+        if request.path.startswith("/held"):
+            self.held.append(lambda: reply(response))
+        else:
+            reply(response)
+
+
+class Stage:
+    def __init__(self, listener: socket.socket, path: str, **options: Any) -> None:
+        self.handler = Handler()
+        self.server = Server(self.handler, max_body_bytes=LIMIT_BYTES, **options)
+        self.listener = listener
+        self.server.listen(listener)
+        self.path = path
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_unix_connection(self.path)
+
+    async def exchange(self, raw: bytes) -> bytes:
+        """Send bytes, end our side, and return everything that comes back."""
+        reader, writer = await self.connect()
+        writer.write(raw)
+        writer.write_eof()
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+
+@contextmanager
+def listening(folder: Path) -> Iterator[tuple[socket.socket, str]]:
+    path = str(folder / "http.sock")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(16)
+        yield listener, path
+
+
+def play(tmp_path: Path, story: Callable[[Stage], Awaitable[None]], **options: Any) -> None:
+    async def scene() -> None:
+        with listening(tmp_path) as (listener, path):
+            stage = Stage(listener, path, **options)
+            try:
+                await asyncio.wait_for(story(stage), 30)
+            finally:
+                stage.server.close()
+                await until(lambda: not stage.server.connections)
+
+    asyncio.run(scene())
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():  # noqa: ASYNC110 - conditions of many kinds, most without an event of their own
+        await asyncio.sleep(0.005)
+
+
+def statuses(raw: bytes) -> list[int]:
+    return [int(part.split(b" ")[0]) for part in raw.split(b"HTTP/1.1 ")[1:]]
+
+
+def error(raw: bytes) -> str:
+    """The text of an error answer, which must be JSON with this one key."""
+    head, _, body = raw.partition(b"\r\n\r\n")
+    document = json.loads(body)
+    assert list(document) == ["error"]
+    assert f"Content-Length: {len(body)}".encode() in head
+    text: str = document["error"]
+    return text
+
+
+def test_a_request_is_answered_and_the_connection_kept(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        for body in (b"abc", b""):
+            writer.write(b"POST /a HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head == (
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\nContent-Type: application/json\r\n\r\n" % (3 + len(body))
+            )
+            assert await reader.readexactly(3 + len(body)) == b"/a " + body
+        assert stage.server.statistics()["accepted"] == 1
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_bytes_may_arrive_one_by_one(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        for byte in b"POST /slow HTTP/1.1\r\nhOsT: x\r\nContent-Length: 2\r\n\r\nhi":
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0)
+        assert (await reader.readuntil(b"/slow hi")).startswith(b"HTTP/1.1 200")
+        assert stage.handler.requests[0].headers["host"] == "x"
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_pipelined_requests_are_answered_in_their_order(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        for path in (b"/held1", b"/now", b"/held2"):
+            writer.write(b"GET " + path + b" HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: len(stage.handler.held) == 2)
+        stage.handler.held[1]()
+        stage.handler.held[0]()
+        answers = b""
+        while answers.count(b"HTTP/1.1") < 3 or not answers.endswith(b"/held2 "):
+            answers += await reader.read(4096)
+        assert answers.index(b"/held1 ") < answers.index(b"/now ") < answers.index(b"/held2 ")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_client_far_ahead_of_its_answers_is_not_read_any_more(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        one = b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n"
+        writer.write(one * 40)
+        await until(lambda: len(stage.handler.held) == 40)
+        writer.write(one * 1000)
+        await asyncio.sleep(0.05)
+        assert len(stage.handler.held) == 40
+        for answered in range(1040):
+            await until(lambda number=answered: len(stage.handler.held) > number)
+            stage.handler.held[answered]()
+        received = b""
+        while received.count(b"/held ") < 1040:
+            received += await reader.read(65536)
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_client_that_ends_its_side_still_gets_its_answer(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        writer.write_eof()
+        await until(lambda: stage.handler.held)
+        stage.handler.held[0]()
+        answer = await reader.read()
+        assert answer.endswith(b"/held ")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_client_that_is_gone_before_its_answer_hurts_nobody(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        _, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        writer.transport.abort()
+        stage.handler.held[0]()
+        await until(lambda: not stage.server.connections)
+        assert statuses(await stage.exchange(b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n")) == [200]
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "head", [b"GET /a HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n", b"GET /a HTTP/1.0\r\n\r\n"]
+)
+def test_a_client_that_wants_no_more_is_closed_after_its_answer(tmp_path: Path, head: bytes) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(head)
+        answer = await reader.read()
+        assert statuses(answer) == [200]
+        assert b"Connection: close\r\n" in answer
+        writer.close()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("raw", "status", "words"),
+    [
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\n\r\n", 400, "chunks"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\na", 400, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\na", 400, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: +1\r\n\r\na", 400, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\na", 400, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999999999999999\r\n\r\na", 400, ""),
+        (b"GET / HTTP/1.1\r\n\r\n", 400, "Host"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400, "twice"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n folded\r\n\r\n", 400, ""),
+        (b"GET / HTTP/1.1\r\nHost : x\r\n\r\n", 400, ""),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"Inference-Header-Content-Length: 1\r\n" * 2 + b"\r\n", 400, "twice"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", 400, "protocol"),
+        (b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", 400, ""),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, ""),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400, "well-formed"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na", 415, "compressed"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n", 413, "1001 bytes, at most 1000"),
+        (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "path"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n", 431, "headers"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"".join(b"H%d: 1\r\n" % n for n in range(101)) + b"\r\n", 431, "lines"),
+    ],
+)  # fmt: skip
+def test_a_request_with_two_readings_or_over_a_limit_is_refused(
+    tmp_path: Path, raw: bytes, status: int, words: str
+) -> None:
+    async def story(stage: Stage) -> None:
+        answer = await stage.exchange(raw)
+        assert statuses(answer) == [status]
+        assert words in error(answer)
+        assert b"Connection: close\r\n" in answer
+        assert stage.handler.requests == []
+        assert stage.server.statistics()["malformed"] == 1
+
+    play(tmp_path, story)
+
+
+def test_what_was_asked_before_a_malformed_request_is_still_answered(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\nrubbish\r\n\r\n")
+        await until(lambda: stage.handler.held and stage.server.statistics()["malformed"])
+        stage.handler.held[0]()
+        assert statuses(await reader.read()) == [200, 400]
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_headers_that_never_end_are_cut_off(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nA: ")
+        while not stage.server.statistics()["malformed"]:
+            writer.write(b"a" * 1000)
+            await asyncio.sleep(0.001)
+        assert statuses(await reader.read()) == [431]
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_refused_client_may_finish_sending_and_then_reads_why(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 4000000\r\n\r\n")
+        writer.write(b"a" * 4_000_000)
+        await writer.drain()
+        assert statuses(await reader.read()) == [413]
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_request_that_does_not_arrive_is_a_timeout(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab")
+        assert statuses(await reader.read()) == [408]
+        writer.close()
+
+    play(tmp_path, story, slow_s=0.05)
+
+
+def test_idle_connections_are_no_timeout(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        await asyncio.sleep(0.6)  # one sweep
+        writer.write(b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert (await reader.readuntil(b"/a ")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    play(tmp_path, story, slow_s=0.0)
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST /a HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"hi")
+        assert (await reader.readuntil(b"/a hi")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_a_bug_in_a_handler_is_a_500_and_told_to_the_process_loop(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        told: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        answer = await stage.exchange(b"GET /bug HTTP/1.1\r\n" + HEAD + b"\r\n")
+        assert statuses(answer) == [500]
+        assert error(answer) == "internal error"
+        assert [type(exception) for exception in told] == [ZeroDivisionError]
+
+    play(tmp_path, story)
+
+
+# --- connections ---------------------------------------------------------------------------------------------
+def test_at_the_limit_the_longest_idle_connection_makes_room(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        first, writer_a = await stage.connect()
+        await until(lambda: len(stage.server.connections) == 1)
+        _, writer_b = await stage.connect()
+        await until(lambda: len(stage.server.connections) == 2)
+        writer_b.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        third, writer_c = await stage.connect()
+        assert await first.read() == b""  # the idle one was cut off
+        writer_c.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: len(stage.handler.held) == 2)
+        answer = await stage_read_all(stage)
+        assert statuses(answer) == [503]
+        assert "too many connections" in error(answer)
+        for writer in (writer_a, writer_b, writer_c):
+            writer.close()
+        del third
+
+    async def stage_read_all(stage: Stage) -> bytes:
+        reader, writer = await stage.connect()
+        answer = await reader.read()
+        writer.close()
+        return answer
+
+    play(tmp_path, story, max_connections=2)
+
+
+def test_draining_closes_idle_connections_and_finishes_busy_ones(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        idle, idle_writer = await stage.connect()
+        busy, busy_writer = await stage.connect()
+        busy_writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        drain = asyncio.ensure_future(stage.server.drain(10))
+        assert await idle.read() == b""
+        assert not drain.done()
+        stage.handler.held[0]()
+        answer = await busy.read()
+        assert statuses(answer) == [200]
+        assert b"Connection: close\r\n" in answer
+        await drain
+        for writer in (idle_writer, busy_writer):
+            writer.close()
+
+    play(tmp_path, story)
+
+
+def test_after_draining_clients_wait_in_the_queue_of_the_socket_for_the_next_server(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        await stage.server.drain(1)
+        reader, writer = await stage.connect()
+        writer.write(b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await asyncio.sleep(0.05)
+        assert stage.handler.requests == []
+        successor = Server(stage.handler, max_body_bytes=LIMIT_BYTES)
+        successor.listen(stage.listener)
+        assert (await reader.readuntil(b"/a ")).startswith(b"HTTP/1.1 200")
+        writer.close()
+        successor.close()
+
+    play(tmp_path, story)
+
+
+def test_draining_does_not_wait_for_ever(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        await stage.server.drain(0.05)
+        assert await reader.read() == b""
+        writer.close()
+
+    play(tmp_path, story)
