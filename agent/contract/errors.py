@@ -23,7 +23,8 @@
     |  |- DiskFull
     |  |- StateUnreadable
     |  `- StateLocked           another agent holds this state folder
-    `- SensorError
+    |- SensorError
+    `- NotRunning               no agent answers on the admin socket
 
 A message says what was tried, on what, what happened; `hint` says what to do. `code` is stable and travels
 over MQTT and in reports; `retryable` says whether the same call may succeed later without a change.
@@ -97,6 +98,7 @@ class Unavailable(ArtifactError):
 
 class ServingError(EdgewardenError):
     code = "serving"
+    exit_code = 8
 
 
 class InvalidRequest(ServingError):
@@ -154,3 +156,9 @@ class StateLocked(StorageError):
 class SensorError(EdgewardenError):
     code = "sensor"
     retryable = True
+
+
+class NotRunning(EdgewardenError):
+    code = "not_running"
+    retryable = True
+    exit_code = 9

@@ -1,0 +1,130 @@
+"""Files of a person's data as model inputs: .npy, .npz and .csv, checked against what the model takes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agent.contract.errors import InvalidRequest
+from agent.contract.tensors import DATATYPES, Array
+
+KINDS = (".npy", ".npz", ".csv")
+MAX_FILE_BYTES = 1024 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One input of a model; `shape` holds -1 for a free axis, the first being the rows."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+def find_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those of the kinds above in the folders named, in order of name.
+
+    Raises:
+        InvalidRequest: one does not exist, or nothing fits.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise InvalidRequest(f"there is no file or folder {path}")
+    if not found:
+        raise InvalidRequest(f"no input in {', '.join(map(str, paths))}", hint=f"Inputs end in {', '.join(KINDS)}.")
+    return found
+
+
+def read_inputs(path: Path, wanted: Sequence[Wanted]) -> dict[str, Array]:
+    """The arrays of one file by input name, with a row axis and the model's datatypes.
+
+    Raises:
+        InvalidRequest: unreadable, of another shape, or an input is missing; names file and shapes.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InvalidRequest(f"{path} is larger than {MAX_FILE_BYTES} bytes")
+        arrays = _load(path, wanted)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidRequest(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    missing = [one.name for one in wanted if one.name not in arrays]
+    if missing:
+        raise InvalidRequest(f"{path} holds {', '.join(arrays) or 'nothing'}, the model takes {', '.join(missing)}")
+    return {one.name: _fit(arrays[one.name], one, path) for one in wanted}
+
+
+def rows(inputs: dict[str, Array], at_once: int) -> Iterator[dict[str, Array]]:
+    """The same inputs in pieces of at most `at_once` rows."""
+    count = min(len(array) for array in inputs.values())
+    for first in range(0, count, at_once):
+        yield {name: array[first : first + at_once] for name, array in inputs.items()}
+
+
+def _load(path: Path, wanted: Sequence[Wanted]) -> dict[str, Array]:
+    kind = path.suffix.lower()
+    if kind == ".npz":
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    if len(wanted) != 1:
+        raise ValueError(f"the model takes {len(wanted)} inputs: give an .npz with an array for each")
+    array = np.load(path, allow_pickle=False) if kind == ".npy" else _read_csv(path)
+    return {wanted[0].name: array}
+
+
+def _read_csv(path: Path) -> Array:
+    """Numbers of a comma-separated file (lines, columns); a first line of words is a heading."""
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
+    if lines and not all(_is_number(cell) for cell in lines[0]):
+        lines = lines[1:]
+    if len({len(line) for line in lines}) != 1:
+        raise ValueError("its lines have different numbers of columns, or there are none")
+    return np.array([[float(cell) for cell in line] for line in lines])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _fit(array: Array, wanted: Wanted, path: Path) -> Array:
+    """`array` with rows first: as it is, one row without its axis, or lines of samples cut into rows."""
+    inner = wanted.shape[1:]
+    shaped: Any = None
+    if _matches(array.shape[1:], inner):
+        shaped = array
+    elif _matches(array.shape, inner):
+        shaped = array[None]
+    elif _is_lines_of(array, inner):
+        shaped = array.reshape(-1, *inner)
+    if shaped is None or not len(shaped):
+        raise InvalidRequest(
+            f"{path} has the shape {list(array.shape)}, input '{wanted.name}' takes {list(wanted.shape)}",
+            hint="-1 stands for any number of rows.",
+        )
+    return np.ascontiguousarray(shaped, DATATYPES[wanted.datatype])
+
+
+def _is_lines_of(array: Array, inner: tuple[int, ...]) -> bool:
+    """Whether (lines, columns) are samples, or whole flattened rows, that fill rows of `inner` exactly."""
+    if array.ndim != 2 or not inner or min(inner) <= 0:
+        return False
+    whole = int(np.prod(inner))
+    return array.size % whole == 0 and array.shape[1] in (inner[-1], whole)
+
+
+def _matches(shape: tuple[int, ...], inner: tuple[int, ...]) -> bool:
+    return len(shape) == len(inner) and all(want in (-1, have) for have, want in zip(shape, inner, strict=True))

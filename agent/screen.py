@@ -1,0 +1,220 @@
+"""The status document as one terminal screen: a pure function from the document to lines.
+
+Plain words first: who answers and why; numbers beside what they are judged against; unknown is a dash, never zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from agent.clock import iso
+
+Document = Mapping[str, Any]
+LABEL = 12  # columns of the first column
+COLOURS = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
+OF_HEALTH = {"healthy": "green", "degraded": "yellow", "failing": "red"}
+OF_SEVERITY = {"critical": "red", "error": "red", "warning": "yellow"}
+OF_LINK = {"connected": "green", "waiting": "yellow", "connecting": "yellow", "refused": "red"}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How wide, and whether colours may be used."""
+
+    width: int = 100
+    colour: bool = False
+
+    def paint(self, text: str, colour: str) -> str:
+        code = COLOURS.get(colour)
+        return f"\033[{code}m{text}\033[0m" if self.colour and code and text else text
+
+    def cut(self, text: str, used: int = LABEL) -> str:
+        room = max(20, self.width - used)
+        return text if len(text) <= room else text[: room - 1] + "…"
+
+
+def draw(status: Document, look: Look) -> str:
+    """The whole screen."""
+    lines = [*_head(status, look), ""]
+    for service in status["services"]:
+        lines += [*_service(service, status["clock"], look), ""]
+    lines += [*_device(status, look), *_link(status, look), "", *_events(status["events"], look)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+# --- parts -------------------------------------------------------------------------------------------------
+def _head(status: Document, look: Look) -> Iterator[str]:
+    agent, device, worker = status["agent"], status["device"], status["worker"]
+    title = look.paint(f"{device['id']}", "bold")
+    yield (
+        f"{title} of fleet {device['fleet']} · Edgewarden {agent['version']} · up {duration(agent['uptime_s'])}"
+        f" · {device['system']}, {device['machine']}, {device['cpus']} CPUs"
+    )
+    serving = worker["phase"] in ("serving", "ready")
+    state = f"generation {worker['generation']}, process {worker['pid']}, {worker['phase']}"
+    losses = f" · {worker['losses']} lost in the last minute" if worker["losses"] else ""
+    text = state if serving else f"no worker serves ({worker['phase']})"
+    yield _row("worker", look.paint(text, "" if serving else "red") + look.paint(losses, "yellow"))
+    if status.get("faults"):
+        yield _row("", look.paint(f"{status['faults']} faults of the agent itself; see its log", "red"))
+
+
+def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
+    health = look.paint(service["health"], OF_HEALTH.get(service["health"], ""))
+    yield f"{look.paint(service['name'], 'bold')}  {health}"
+    colour = "" if service["serving"] == service["preferred"] else "yellow"
+    yield _row("serves", look.paint(service["serving"], colour) + _position(service, clock))
+    yield _row("why", look.cut(service["reason"]))
+    for complaint in service["complaints"]:
+        yield _row("", look.paint(look.cut(complaint), "yellow"))
+    for problem in service["problems"]:
+        yield _row("problem", look.paint(look.cut(problem), "red"))
+    yield _row("engines", "  ".join(_engine(engine, service, look) for engine in service["engines"]))
+    yield _row("requests", _requests(service, look))
+    yield _row("latency", _latency(service, look))
+    yield _row("guards", _guards(service, look))
+    yield _row("drift", _drift(service, look))
+
+
+def _position(service: Document, clock: Document) -> str:
+    words = {"preferred": "the preferred engine", "fallback": "a fallback", "pinned": "pinned by an operator"}
+    text = words.get(service["phase"], f"on {service['phase']}")
+    if clock["source"] == "wall":
+        text += f" since {duration(max(0.0, clock['now_s'] - service['since_s']))}"
+    check_s = service["next_check_in_s"]
+    return f"  {text}" + (f", next check in {duration(check_s)}" if check_s is not None else "")
+
+
+def _engine(engine: Document, service: Document, look: Look) -> str:
+    name = f"{engine['engine']} v{engine['version']}"
+    accuracy = "" if engine["accuracy"] is None else f" {engine['accuracy']:.2f}"
+    usable = service["usable"]
+    if usable is not None and engine["engine"] not in usable:
+        return look.paint(f"{name} (not loaded)", "red")
+    if engine["engine"] in service["benched"]:
+        return look.paint(f"{name} (resting)", "yellow")
+    return f"{name}{accuracy}" + (" (floor)" if engine["kind"] == "floor" else "")
+
+
+def _requests(service: Document, look: Look) -> str:
+    counters = service["counters"]
+    parts = [f"{service['requests']:,}"]
+    for name, words in (("failed_over", "failed over"), ("floor", "by the floor"), ("refused_by_guard", "refused")):
+        if counters.get(name):
+            parts.append(look.paint(f"{counters[name]:,} {words}", "yellow"))
+    errors = f"{service['errors']:,} unanswered"
+    return " · ".join([*parts, look.paint(errors, "red" if service["errors"] else "")])
+
+
+def _latency(service: Document, look: Look) -> str:
+    if service["latency_p95_us"] is None:
+        return "- (no request yet)"
+    text = " · ".join(f"p{q} {microseconds(service[f'latency_p{q}_us'])}" for q in (50, 95, 99))
+    budget = service["budget_p95_us"]
+    if budget is None:
+        return f"{text} · no budget"
+    over = service["latency_p95_us"] > budget
+    return f"{text} · budget p95 {microseconds(budget)} " + look.paint(
+        "exceeded" if over else "kept", "red" if over else "green"
+    )
+
+
+def _guards(service: Document, look: Look) -> str:
+    raised = [f"{', '.join(channels)} {kind}" for kind, channels in service["guards"].items()]
+    return look.paint("; ".join(raised), "yellow") if raised else "quiet"
+
+
+def _drift(service: Document, look: Look) -> str:
+    drift = service["drift"]
+    if not drift:
+        return "not watched (the artifact has no reference)"
+    raised, rows = bool(drift["raised"]), int(drift["rows"])
+    shares = {name.removeprefix("evidence:"): value for name, value in drift.items() if name.startswith("evidence:")}
+    top = sorted((name for name in shares if name != "total"), key=lambda name: -shares[name])[:3]
+    state = look.paint("outside every known regime", "red") if raised else "inside what is known"
+    named = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in top if shares[name] > 0)
+    evidence = f"evidence {100 * drift['evidence']:.0f} % of the threshold" + (f" (most: {named})" if named else "")
+    return f"{state} · {evidence} · {rows:,} rows"
+
+
+def _device(status: Document, look: Look) -> Iterator[str]:
+    power, thermal, memory, disk = status["power"], status["thermal"], status["memory"], status["disk"]
+    scope = {"processes": "agent and worker only", "package": "processor"}.get(power["scope"], power["scope"])
+    estimate = look.paint("estimate", "yellow") + f" from CPU time, {scope}"
+    label = f"measured by {power['source']}, {scope}" if power["measured"] else estimate
+    watts = "-" if power["watts"] is None else f"{power['watts']:.2f} W"
+    each = power["joules_per_inference"]
+    per_inference = "" if each is None else f" · {1e3 * each:.2f} mJ per inference"
+    yield _row("power", f"{watts} ({label}){per_inference}")
+    celsius = "-" if thermal["temperature_c"] is None else f"{thermal['temperature_c']:.0f} °C ({thermal['zone']})"
+    slowed = {True: look.paint("throttled", "red"), False: "not throttled", None: "throttling unknown"}
+    cpu = status["cpu"]["share"]
+    yield _row(
+        "heat", f"{celsius} · {slowed[thermal['throttled']]} · CPU {'-' if cpu is None else f'{100 * cpu:.0f} %'}"
+    )
+    yield _row(
+        "memory",
+        f"{size(memory['resident_bytes'])} of agent and worker · {size(memory['available_bytes'])} available"
+        f" · disk {size(disk['free_bytes'])} free",
+    )
+
+
+def _link(status: Document, look: Look) -> Iterator[str]:
+    link, outbox = status["link"], status["outbox"]
+    if link["state"] == "off":
+        yield _row("link", "off (link.enabled = false)")
+        return
+    state = look.paint(link["state"], OF_LINK.get(link["state"], ""))
+    secure = "TLS" if link["tls"] else "no TLS"
+    yield _row(
+        "link",
+        f"{state} · {link['broker']} ({secure}) · {link['published']:,} published, {link['in_flight']} on their way",
+    )
+    if link["error"]:
+        yield _row("", look.paint(look.cut(link["error"]), "yellow"))
+    dropped = int(outbox["dropped"] + outbox["expired"] + outbox["refused"])
+    text = f"{int(outbox['rows']):,} waiting, {size(outbox['bytes'])} of {size(outbox['max_bytes'])}"
+    yield _row("outbox", text + " · " + look.paint(f"{dropped:,} dropped", "red" if dropped else ""))
+    if outbox["held"]:
+        yield _row("", look.paint(f"the disk is full: {int(outbox['held'])} messages wait in memory", "red"))
+
+
+def _events(events: list[Document], look: Look) -> Iterator[str]:
+    yield look.paint("last events (UTC)", "dim")
+    for event in events[-8:]:
+        time = iso(event["at"])[11:19]
+        text = look.cut(f"{event['event']}: {event['text']}", used=11)
+        yield f"  {time} {look.paint(text, OF_SEVERITY.get(event['severity'], ''))}"
+
+
+# --- words -------------------------------------------------------------------------------------------------
+def _row(label: str, text: str) -> str:
+    return f"  {label:<{LABEL - 2}}{text}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3 min 5 s, 2 h 7 min, 3 d 4 h."""
+    whole = int(seconds)
+    for unit, size_s, below, below_s in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size_s:
+            rest = whole % size_s // below_s
+            return f"{whole // size_s} {unit}" + (f" {rest} {below}" if rest else "")
+    return f"{whole} s"
+
+
+def microseconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f} µs" if value < 1e4 else f"{value / 1e3:.1f} ms" if value < 1e6 else f"{value / 1e6:.2f} s"
+
+
+def size(count: float | None) -> str:
+    if count is None:
+        return "-"
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
