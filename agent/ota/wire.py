@@ -1,0 +1,106 @@
+"""One bounded HTTP GET with Range; everything that can go wrong on the way is Unavailable.
+
+No redirects, no proxies, no cookies: a captive portal's answer is a status we do not know. The body's length is
+whatever comes; the caller bounds it by what is signed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import ssl
+from collections.abc import Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from agent import clock
+from agent.contract.errors import ConfigError, Unavailable
+
+CHUNK_BYTES = 64 * 1024
+_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_FOREIGN = (OSError, http.client.HTTPException)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`start`: offset of the first body byte. `total`: the server's claim about the whole, None = none made."""
+
+    status: int
+    start: int
+    total: int | None
+    body: Iterator[bytes]
+
+
+def make_tls(ca: str) -> ssl.SSLContext | None:
+    """TLS that trusts the CA file, or the system's for "" and "system". Raises: ConfigError."""
+    try:
+        return ssl.create_default_context(cafile=ca if ca not in {"", "system"} else None)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot use the CA certificates in {ca}: {error}") from None
+
+
+@contextlib.contextmanager
+def get(
+    url: str, *, until_s: float, timeout_s: float = 10.0, offset: int = 0, tls: ssl.SSLContext | None = None
+) -> Iterator[Answer]:
+    """Ask for `url` from `offset` on. `until_s`: monotonic time at which even a trickling answer is given up.
+
+    Raises:
+        Unavailable: no connection, no answer in time, or not HTTP.
+    """
+    parts = urlsplit(url)
+    connection = _connection(parts.scheme, parts.netloc, timeout_s, tls)
+    headers = {"Accept-Encoding": "identity", "User-Agent": "edgewarden"}
+    if offset:
+        headers["Range"] = f"bytes={offset}-"
+    try:
+        with contextlib.closing(connection):
+            try:
+                connection.request("GET", parts.path or "/", headers=headers)
+                response = connection.getresponse()
+            except (*_FOREIGN, ValueError) as error:
+                raise _unavailable(url, error) from None
+            yield _answer(response, url, until_s)
+    finally:
+        connection.close()
+
+
+def _connection(scheme: str, netloc: str, timeout_s: float, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
+    try:
+        if scheme == "https":
+            return http.client.HTTPSConnection(netloc, timeout=timeout_s, context=tls or make_tls(""))
+        if scheme == "http":
+            return http.client.HTTPConnection(netloc, timeout=timeout_s)
+    except http.client.InvalidURL as error:
+        raise Unavailable(f"cannot ask '{netloc[:80]}': {error}") from None
+    raise Unavailable(f"cannot fetch from a '{scheme[:20]}' address", hint="Use http or https.")
+
+
+def _answer(response: http.client.HTTPResponse, url: str, until_s: float) -> Answer:
+    start, total = 0, response.length
+    if response.status == http.client.PARTIAL_CONTENT:
+        match = _RANGE.fullmatch(response.headers.get("Content-Range", ""))
+        if match is None:
+            raise Unavailable(f"{url} answered a part without saying which")
+        start = int(match[1])
+        total = None if match[2] == "*" else int(match[2])
+    return Answer(response.status, start, total, _body(response, url, until_s))
+
+
+def _body(response: http.client.HTTPResponse, url: str, until_s: float) -> Iterator[bytes]:
+    while True:
+        if clock.monotonic_s() > until_s:
+            raise Unavailable(f"{url} was too slow")
+        try:
+            chunk = response.read1(CHUNK_BYTES)
+        except _FOREIGN as error:
+            raise _unavailable(url, error) from None
+        if not chunk:
+            return
+        yield chunk
+
+
+def _unavailable(url: str, error: BaseException) -> Unavailable:
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return Unavailable(f"cannot fetch {url}: {why}", hint="It is tried again.")
