@@ -163,8 +163,10 @@ class Recipe(Table):
 
     @property
     def sha256(self) -> str:
-        """Digest of what the recipe says, overrides included; comments and order do not count."""
-        return sha256(canonical(self.model_dump(mode="json")))
+        """Digest of what the recipe says, overrides included; comments, order and how many trainings run at once
+        do not count.
+        """
+        return sha256(canonical(self.model_dump(mode="json", exclude={"train": {"processes"}})))
 
 
 def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:

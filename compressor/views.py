@@ -18,8 +18,12 @@ class ChannelFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         before, here, after = x[..., :-2], x[..., 1:-1], x[..., 2:]
-        mean = x.mean(-1, keepdim=True)
-        deviation = x - mean  # two passes: a dead channel must give exactly zero
+        # relative to the first sample: a channel that repeats one value must give exactly zero
+        first = x[..., :1]
+        moved = x - first
+        shift = moved.mean(-1, keepdim=True)
+        mean = first + shift
+        deviation = moved - shift
         sd = (deviation * deviation).mean(-1, keepdim=True).sqrt()
         roughness = median((after - here - (here - before)).abs())
         low, high = torch.minimum(before, here), torch.maximum(before, here)

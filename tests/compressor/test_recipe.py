@@ -97,6 +97,7 @@ def test_overrides_are_checked_like_the_file(tiny_recipe: Path) -> None:
 def test_the_digest_follows_what_is_said_not_how(tmp_path: Path, tiny_recipe: Path) -> None:
     same = changed(tmp_path, tiny_recipe, "seed = 3", "# a remark\nseed   =   3")
     assert read_recipe(same).sha256 == read_recipe(tiny_recipe).sha256
+    assert read_recipe(tiny_recipe, overrides=["train.processes=2"]).sha256 == read_recipe(tiny_recipe).sha256
     assert read_recipe(tiny_recipe, overrides=["package.version=2"]).sha256 != read_recipe(tiny_recipe).sha256
 
 

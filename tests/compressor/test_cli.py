@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compressor.cli import main
+from tests.compressor.conftest import Run
+
+pytestmark = pytest.mark.torch
+
+
+def test_help_lists_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    assert "exit codes" in capsys.readouterr().out
+
+
+def test_a_missing_recipe_is_one_sentence_and_exit_code_two(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", str(tmp_path / "none.toml"), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert "none.toml" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_typo_names_line_and_nearest_key(
+    tmp_path: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(tiny_recipe.read_text().replace("golden_rows", "golden_row"))
+    assert main(["compress", str(path), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    line = next(n for n, text in enumerate(path.read_text().splitlines(), 1) if "golden_row" in text)
+    assert f"r.toml:{line}: unknown key 'package.golden_row'" in error
+    assert "golden_rows" in error
+
+
+def test_a_budget_nothing_meets_is_exit_code_eleven_and_ships_nothing(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tiny_run.recipe.read_text().replace("size_bytes = 1_000_000", "size_bytes = 100")
+    (tmp_path / "task.py").write_text((tiny_run.recipe.parent / "task.py").read_text())
+    (tmp_path / "r.toml").write_text(text)
+    out = tmp_path / "o"
+    assert main(["compress", str(tmp_path / "r.toml"), "--out", str(out), "--cache", str(tiny_run.cache)]) == 11
+    assert "gate 'size'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_task_that_fails_is_exit_code_ten_and_names_the_stage(
+    tmp_path: Path, tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = (tiny_recipe.parent / "task.py").read_text()
+    (tmp_path / "task.py").write_text(
+        source.replace("    assert family", "    raise ValueError('no such net')\n    assert family")
+    )
+    (tmp_path / "r.toml").write_text(tiny_recipe.read_text())
+    assert (
+        main(["compress", str(tmp_path / "r.toml"), "--out", str(tmp_path / "o"), "--cache", str(tmp_path / "c")])
+        == 10
+    )
+    error = capsys.readouterr().err
+    assert "stage 'train' failed on '" in error
+    assert "ValueError: no such net" in error
+    assert "Traceback" not in error
+
+
+def test_an_out_folder_that_cannot_be_written_is_exit_code_six(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments = ["compress", str(tiny_run.recipe), "--out", str(tmp_path / "file"), "--cache", str(tiny_run.cache)]
+    assert main(arguments) == 6
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_json_is_the_whole_of_standard_output(
+    tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "compress",
+        str(tiny_run.recipe),
+        "--out",
+        str(tmp_path / "o"),
+        "--cache",
+        str(tiny_run.cache),
+        "--json",
+    ]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"] == "tiny"
+
+
+def test_explain_tells_every_verdict(tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "compress",
+        str(tiny_run.recipe),
+        "--out",
+        str(tmp_path / "o"),
+        "--cache",
+        str(tiny_run.cache),
+        "--explain",
+    ]
+    assert main(arguments) == 0
+    told = capsys.readouterr()
+    assert "What will happen" in told.err
+    for name in ("teacher", "teacher-int8", "small", "small-int8", "one", "one-int8"):
+        assert f"bench: {name} " in told.out
+    assert "Gates of 'bench'" in told.out
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-one", "tiny-floor"])
+def test_show_and_verify_accept_what_compress_wrote(
+    tiny_run: Run, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["artifact", "show", str(tiny_run.artifact(name))]) == 0
+    assert name in capsys.readouterr().out
+    assert main(["artifact", "verify", str(tiny_run.artifact(name)), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == name
+
+
+def test_show_of_nothing_is_exit_code_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["artifact", "show", str(tmp_path)]) == 4
+    assert "cannot read" in capsys.readouterr().err
