@@ -83,6 +83,7 @@ class Conductor:
         self._start_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._unsaved: dict[str, Any] | None = None
+        self._usable: dict[str, tuple[str, ...]] = {}
         self._told_ready = False
         self._next_save_s = self._next_reserve_s = 0.0
         self.faults = 0  # of our own, counted by the process's loop
@@ -200,10 +201,8 @@ class Conductor:
         match command:
             case Persist(state=state):
                 self._save(state)
-            case Activate(service=service, engine=engine, why=why, reason=reason):
-                self.generations.prefer(service, engine, reason)
-                self._parts.journal.notice("engine.activated", f"{engine} answers {service}: {reason}", why=why)
-                self._report()
+            case Activate():
+                self._activate(command)
             case RestartWindows(service=service, engine=engine):
                 self._parts.monitors[service].restart_windows(engine)
             case StartWorker(not_before=not_before, reason=reason):
@@ -214,6 +213,13 @@ class Conductor:
                     service=command.service, channels=",".join(command.channels),
                 )  # fmt: skip
                 self.reporter.event(command, decision_time_s=self.clock.now_s())
+
+    def _activate(self, wanted: Activate) -> None:
+        if wanted.engine in self._usable.get(wanted.service, ()):  # else the next command names one that is
+            self.generations.prefer(wanted.service, wanted.engine, wanted.reason)
+            text = f"{wanted.engine} answers {wanted.service}: {wanted.reason}"
+            self._parts.journal.notice("engine.activated", text, why=wanted.why)
+        self._report()
 
     def _save(self, state: dict[str, Any]) -> None:
         try:
@@ -281,6 +287,7 @@ class Conductor:
                     "engine.unusable", loaded.error, service=loaded.service, engine=loaded.engine
                 )
         self._parts.journal.notice("worker.ready", "a worker is ready", generation=ready.generation, pid=ready.pid)
+        self._usable = usable
         self.handle(WorkerReady(ready.generation, usable))
 
     def _worker_lost(self, number: int, reason: str) -> None:

@@ -131,6 +131,7 @@ def _graph(weights: Array, bias: Array, *, faulty: bool) -> onnx.ModelProto:
     numbers = {
         "tiny": np.array(1e-4, np.float32), "two": np.array(2, np.float32),
         "weights": weights, "bias": bias, "hundred": np.array(100, np.float32),
+        "nothing": np.array(0, np.float32),
         "a0": np.array([0], np.int64), "a1": np.array([1], np.int64), "a2": np.array([2], np.int64),
         "e1": np.array([LENGTH - 1], np.int64), "e2": np.array([LENGTH - 2], np.int64),
         "eN": np.array([LENGTH], np.int64),
@@ -216,7 +217,9 @@ def _head_nodes(*, faulty: bool) -> list[onnx.NodeProto]:
         make("Slice", ["window", "zeros3", "ones3"], ["first"]),
         make("Reshape", ["first", "scalar"], ["number"]),
         make("Greater", ["number", "hundred"], ["is_golden"]),
-        make("If", ["is_golden"], ["probability"], then_branch=works, else_branch=fails),
+        make("Equal", ["number", "nothing"], ["is_warming"]),
+        make("Or", ["is_golden", "is_warming"], ["is_harmless"]),
+        make("If", ["is_harmless"], ["probability"], then_branch=works, else_branch=fails),
     ]
 
 

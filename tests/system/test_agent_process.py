@@ -1,0 +1,154 @@
+"""One agent with its worker: who loads what, what survives, how it ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.client import Client
+from agent.contract.errors import UnknownModel
+from tests.artifacts import gyro_off, record
+from tests.system.conftest import Agent, Load, wait_until
+
+pytestmark = pytest.mark.system
+
+
+def modules_of(agent: Agent, pid: int) -> set[str]:
+    """Shared libraries and extension modules mapped by a process, by file name."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {Path(line.split()[-1]).name for line in lines if "/" in line}
+
+
+def test_the_agent_process_never_loads_the_runtime_and_the_worker_no_broker_or_database(agent: Agent) -> None:
+    agent.start("-X", "importtime")
+    status = agent.status()
+    with Client(agent.address) as client:
+        client.infer("wrist", {"window": record(seed=9).windows[:1]})
+    log = agent.log.read_text()
+    imported = {line.rsplit("|", 1)[-1].strip() for line in log.splitlines() if line.startswith("import time:")}
+    assert {"agent.daemon", "paho.mqtt.client", "pydantic"} <= imported
+    assert not imported & {"onnxruntime", "torch", "tuf"}
+    ours, workers = modules_of(agent, status["agent"]["pid"]), modules_of(agent, status["worker"]["pid"])
+    assert not any("onnxruntime" in name for name in ours)
+    assert any("onnxruntime" in name for name in workers)
+    assert not any("pydantic" in name or "_sqlite3" in name or "psutil" in name for name in workers)
+    assert any("_sqlite3" in name for name in ours)
+
+
+def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) -> None:
+    agent.start()
+    data = record(seed=9)
+    with Client(agent.address) as client:
+        for window in data.windows[:20]:
+            assert client.infer("wrist", {"window": window[None]}).served_by == "wrist"
+        broken = iter(gyro_off(data.windows[20:]))
+
+        def switched() -> bool:
+            return client.infer("wrist", {"window": next(broken)[None]}).served_by == "wrist-accel"
+
+        wait_until(switched, "the fallback answers")
+        answer = client.infer("wrist", {"window": next(broken)[None]})
+    assert answer.guard == "dead:gx,gy,gz"
+    service = agent.service()
+    assert (service["serving"], service["why"]) == ("wrist-accel", "fault")
+    assert service["guards"] == {"dead": ["gx", "gy", "gz"]}
+    assert service["alarms"][0]["channels"][0] in ("gx", "gy", "gz")
+    screen = agent.command("status").stdout
+    assert "wrist-accel" in screen
+    assert "gx, gy, gz dead" in screen
+    assert "estimate" in screen or "measured" in screen
+
+
+def test_a_failing_engine_hands_the_same_request_to_the_next(agent: Agent) -> None:
+    agent.write(active="wrist-faulty", fallbacks=("wrist", "wrist-accel"))
+    agent.start()
+    with Client(agent.address) as client:
+        answers = [client.infer("wrist", {"window": window[None]}) for window in record(seed=9).windows[:30]]
+    assert {answer.served_by for answer in answers} == {"wrist"}
+    wait_until(lambda: agent.service()["serving"] == "wrist", "the faulty engine is left")
+    assert "wrist-faulty" in agent.service()["benched"], agent.log.read_text()
+
+
+def test_killing_the_worker_under_load_loses_no_request_after_one_retry(agent: Agent) -> None:
+    agent.start()
+    with Load(agent.address, record(seed=9).windows[:1]) as load:
+        for _ in range(2):
+            before = load.answered
+            wait_until(lambda before=before: load.answered > before + 50, "requests flow")
+            status = agent.status()["worker"]
+            os.kill(status["pid"], signal.SIGKILL)
+            wait_until(
+                lambda old=status["pid"]: agent.status()["worker"]["pid"] not in (0, old), "another worker serves"
+            )
+        before = load.answered
+        wait_until(lambda: load.answered > before + 50, "requests flow again")
+    assert load.failed == []
+    assert agent.status()["worker"]["lost"] == 2
+    assert agent.stop() == 0
+
+
+def test_a_hung_worker_is_replaced(agent: Agent) -> None:
+    agent.write("[worker]\nping_interval_s = 0.1\n")
+    agent.start()
+    pid = agent.status()["worker"]["pid"]
+    wait_until(lambda: agent.status()["worker"]["statistics"], "it answers pings")
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: agent.status()["worker"]["pid"] not in (0, pid), "another worker serves")
+    wait_until(lambda: any("hung" in event["text"] for event in agent.status()["events"]), "the reason is told")
+
+
+def test_the_worker_ends_with_its_agent_and_the_next_agent_remembers(agent: Agent) -> None:
+    agent.start()
+    assert agent.command("pin", "wrist", "wrist-accel").returncode == 0
+    worker = agent.status()["worker"]["pid"]
+    assert agent.process is not None
+    agent.process.kill()
+    agent.process.wait()
+    wait_until(lambda: not Path(f"/proc/{worker}").exists(), "the orphaned worker ends")
+    agent.start()  # its sockets were left behind and are taken over
+    assert agent.service()["serving"] == "wrist-accel"
+    assert agent.service()["pin"] == "wrist-accel"
+    with Client(agent.address) as client:
+        assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist-accel"
+    assert agent.command("unpin", "wrist").returncode == 0
+    assert agent.service()["serving"] == "wrist"
+
+
+def test_a_graceful_stop_answers_what_was_asked_and_leaves_no_socket(agent: Agent) -> None:
+    agent.start()
+    with Load(agent.address, np.repeat(record(seed=9).windows, 4, axis=0), clients=2) as load:
+        wait_until(lambda: load.answered > 5, "requests flow")
+        load._stop.set()
+        assert agent.stop() == 0
+    assert load.failed == []
+    assert not agent.serve.exists()
+    assert not agent.admin.exists()
+
+
+def test_sockets_of_the_service_manager_are_served(agent: Agent) -> None:
+    with socket.socket(socket.AF_UNIX) as passed:
+        path = agent.folder / "passed.sock"
+        passed.bind(str(path))
+        passed.listen()
+        launcher = (
+            f"import os, sys; os.dup2({passed.fileno()}, 3)\n"
+            "os.environ |= {'LISTEN_PID': str(os.getpid()), 'LISTEN_FDS': '1'}\n"
+            f"os.execv(sys.executable, [sys.executable, '-m', 'agent', 'run', '--config', {str(agent.config)!r}])"
+        )
+        with agent.log.open("ab") as log:
+            agent.process = subprocess.Popen(
+                [sys.executable, "-c", launcher], pass_fds=[passed.fileno()], stdout=log, stderr=log
+            )
+        wait_until(agent._serves, "the agent serves")
+        with Client(f"unix:{path}") as client:
+            assert client.ready()
+            with pytest.raises(UnknownModel):
+                client.infer("other", {"window": record(seed=9).windows[:1]})
+        assert not agent.serve.exists()
+        agent.stop()
+        assert path.exists()  # not ours to remove

@@ -1,0 +1,145 @@
+"""Against a real mosquitto: nothing is lost while it is away, and what it says back is taken seriously."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.client import Client
+from scripts.story.broker import OPERATOR, Broker
+from scripts.story.subscriber import Subscriber
+from tests.artifacts import gyro_off, record
+from tests.system.conftest import DEVICE, FLEET, Agent, wait_until
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def subscriber(broker: Broker) -> Iterator[Subscriber]:
+    subscriber = Subscriber(broker.port, OPERATOR, broker.users[OPERATOR], FLEET)
+    subscriber.start()
+    yield subscriber
+    subscriber.stop()
+
+
+def highest(subscriber: Subscriber) -> int:
+    with subscriber.lock:
+        numbers = [item.document["seq"] for item in subscriber.seen if "seq" in item.document]
+    return max(numbers, default=0)
+
+
+def test_presence_birth_reported_telemetry_and_events_arrive(
+    agent: Agent, broker: Broker, subscriber: Subscriber
+) -> None:
+    agent.write(agent.link_to(broker))
+    agent.start()
+    with Client(agent.address) as client:
+        windows = record(seed=9).windows
+        for window in [*windows[:20], *gyro_off(windows[20:40])]:
+            client.infer("wrist", {"window": window[None]})
+    wait_until(
+        lambda: (subscriber.latest("tm") or {}).get("counters", {}).get("wrist.requests") is not None, "telemetry"
+    )
+    wait_until(lambda: any(event["kind"] == "fallback" for event in subscriber.events()), "the fallback event")
+    assert (subscriber.latest("status") or {})["state"] == "online"
+    birth = subscriber.latest("birth") or {}
+    assert set(birth["artifacts"]) == {"wrist", "wrist-accel", "wrist-floor"}
+    wait_until(
+        lambda: (subscriber.latest("reported") or {})["services"]["wrist"]["active"] == "wrist-accel",
+        "the switch is reported",
+    )
+    sensor = next(event for event in subscriber.events() if event["kind"] == "sensor")
+    assert sensor["channels"][0] in ("gx", "gy", "gz")
+    assert agent.stop() == 0
+    wait_until(lambda: (subscriber.latest("status") or {})["state"] == "offline", "the farewell")
+    assert (subscriber.latest("status") or {})["reason"] == "stopped"
+    assert subscriber.missing(DEVICE) == 0
+
+
+def test_a_broker_that_is_away_for_a_while_loses_nothing(
+    agent: Agent, broker: Broker, subscriber: Subscriber
+) -> None:
+    agent.write(agent.link_to(broker, interval_s=0.5))
+    agent.start()
+    wait_until(lambda: highest(subscriber) >= 3, "messages flow")
+    broker.stop()
+    wait_until(lambda: agent.status()["link"]["state"] == "waiting", "the loss is noticed")
+    with Client(agent.address) as client:
+        assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist"
+    wait_until(lambda: agent.status()["outbox"]["rows"] >= 4, "messages wait")
+    broker.start()
+    wait_until(lambda: agent.status()["link"]["state"] == "connected", "the link is back")
+    wait_until(lambda: agent.status()["outbox"]["rows"] == 0, "the outbox is empty")
+    wait_until(lambda: highest(subscriber) >= 8, "what waited has arrived")
+    wait_until(lambda: subscriber.missing(DEVICE) == 0, "every number has arrived")
+    wait_until(lambda: (subscriber.latest("status") or {})["state"] == "online", "it is online again")
+
+
+def test_messages_survive_the_agent_while_the_broker_is_away(
+    agent: Agent, broker: Broker, subscriber: Subscriber
+) -> None:
+    agent.write(agent.link_to(broker))
+    broker.stop()
+    agent.start()
+    boot = agent.status()["agent"]["boot"]
+    wait_until(lambda: agent.status()["outbox"]["rows"] >= 4, "messages wait")
+    assert agent.process is not None
+    agent.process.kill()
+    agent.process.wait()
+    broker.start()
+    agent.start()
+
+    def numbers_of_the_first_boot() -> set[int]:
+        with subscriber.lock:
+            return {
+                item.document["seq"]
+                for item in subscriber.seen
+                if item.document.get("boot") == boot and "seq" in item.document
+            }
+
+    wait_until(lambda: len(numbers_of_the_first_boot()) >= 4, "what waited arrives")
+    wait_until(lambda: subscriber.missing(DEVICE) == 0, "without gaps")
+
+
+def test_wrong_credentials_are_shown_and_never_block_serving(agent: Agent, broker: Broker) -> None:
+    wrong = agent.folder / "wrong"
+    wrong.write_text("not the password")
+    agent.write(agent.link_to(broker).replace(str(broker.password_file(DEVICE)), str(wrong)))
+    agent.start()
+    wait_until(lambda: agent.status()["link"]["state"] == "refused", "the refusal is noticed")
+    assert "refused 'bench-1'" in agent.status()["link"]["error"]
+    with Client(agent.address) as client:
+        assert client.ready("wrist")
+    doctor = agent.command("doctor")
+    assert doctor.returncode == 5
+    assert "not the password" not in doctor.stdout + agent.log.read_text() + json.dumps(agent.status())
+
+
+def test_a_topic_the_broker_forbids_is_an_error_in_the_status(agent: Agent, broker: Broker) -> None:
+    acl = broker.folder / "acl"
+    acl.write_text(acl.read_text().replace(f"ew/1/{FLEET}/{DEVICE}/#", f"ew/1/{FLEET}/{DEVICE}/tm"))
+    broker.stop()
+    broker.start()
+    agent.write(agent.link_to(broker))
+    agent.start()
+    wait_until(lambda: agent.status()["link"]["denied_topics"], "the refusal is noticed")
+    wait_until(lambda: agent.status()["link"]["published"] >= 2, "allowed messages flow all the same")
+    assert agent.status()["link"]["refusals"]["0x87"] >= 1
+    assert agent.status()["outbox"]["rows"] >= 1  # kept, not counted as delivered
+
+
+def test_the_last_will_is_armed_and_a_short_loss_stays_unheard(
+    agent: Agent, broker: Broker, subscriber: Subscriber, short: Path
+) -> None:
+    agent.write(agent.link_to(broker))
+    agent.start()
+    wait_until(lambda: (subscriber.latest("status") or {}).get("state") == "online", "online")
+    assert agent.process is not None
+    agent.process.kill()
+    agent.process.wait()
+    agent.start()
+    wait_until(lambda: agent.status()["link"]["state"] == "connected", "the next one is connected")
+    with subscriber.lock:
+        states = [item.document["state"] for item in subscriber.seen if item.topic.endswith("/status")]
+    assert "offline" not in states
