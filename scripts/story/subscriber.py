@@ -41,7 +41,8 @@ class Subscriber:
         keep = Properties(PacketTypes.CONNECT)
         keep.SessionExpiryInterval = 3600
         self.ready = threading.Event()
-        self.client.connect("127.0.0.1", self.port, clean_start=True, properties=keep)
+        # clean the first time only: a clean reconnect would throw away what the broker kept for us
+        self.client.connect("127.0.0.1", self.port, clean_start=mqtt.MQTT_CLEAN_START_FIRST_ONLY, properties=keep)
         self.client.loop_start()
         if not self.ready.wait(10):
             raise RuntimeError("the story's own subscriber could not subscribe at the broker within 10 s")
