@@ -164,7 +164,7 @@ class Lifecycle:
     def next_check_s(self) -> float | None:
         """When time alone may change something; None = never."""
         update, times = self.update, [self._deadline_s()]
-        if update.state is DE or (update.state is FA and self._is_worth_another_try()):
+        if update.state is DE or self._is_worth_another_try():
             times.append(update.retry_at_s)
         if update.state is PR and update.swapped:
             times.append(update.since_s + self.limits.probation_s)
@@ -248,9 +248,9 @@ class Lifecycle:
             return True  # a maintenance window would be asked for here
         if update.state is PR:
             return update.swapped and now_s - update.since_s >= self.limits.probation_s
-        if update.state is DE or (update.state is FA and self._is_worth_another_try() and update.waiting is None):
-            return now_s >= update.retry_at_s
-        return update.state in RESTING and update.waiting is not None
+        if update.state in RESTING and update.waiting is not None:
+            return True
+        return (update.state is DE or self._is_worth_another_try()) and now_s >= update.retry_at_s
 
     def _deadline_s(self) -> float | None:
         update, limits = self.update, self.limits
@@ -269,9 +269,12 @@ class Lifecycle:
         return self.update.state not in RESTING or self.update.previous is not None
 
     def _is_worth_another_try(self) -> bool:
-        """A failed target is taken up again unless its own time is over."""
+        """A failed target is taken up again unless its own time is over; so is one that was not trusted.
+
+        For who sits in the network can answer nonsense once: that must not keep a device from updating for ever.
+        """
         update = self.update
-        if update.target is None:
+        if update.target is None or not (update.state is FA or (update.state is RJ and update.code == "untrusted")):
             return False
         limit_s = update.target.deadline_s
         return not limit_s or update.retry_at_s < update.began_s + limit_s
@@ -288,7 +291,9 @@ class Lifecycle:
         return self._step(Signal.NEW, now_s)
 
     def _note(self, event: UpdateEvent) -> None:
-        """Keep what the event says beside its signal."""
+        """Keep what the event says beside its signal; why a rollback began stays the reason while it lasts."""
+        if self.update.state is RB:
+            return
         match event:
             case StepDone():
                 self.update = replace(self.update, moved_bytes=self.update.moved_bytes + event.moved_bytes)
@@ -373,7 +378,7 @@ class Lifecycle:
             case State.DEFERRED:
                 wait_s = min(limits.backoff_s * 2.0 ** (update.attempts - 1), limits.max_backoff_s)
                 return replace(update, retry_at_s=now_s + wait_s)
-            case State.FAILED:
+            case State.FAILED | State.REJECTED:
                 rest_s = min(limits.rest_s * 2.0 ** min(update.tries, 30), limits.max_rest_s)
                 return replace(update, retry_at_s=now_s + rest_s)
             case State.COMMITTED if before.state is PR and update.target is not None:

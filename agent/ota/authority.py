@@ -80,7 +80,7 @@ class Authority:
         manifests: Iterable[tuple[str, str]] = (),
         families: Iterable[str] = (),
     ) -> Verdict:
-        """Refresh trust in `repository`; look up manifests, as (family, digest), and policies of these and `families`.
+        """Refresh trust in `repository`; look up manifests, as (family, digest), and the policies of all families.
 
         `wall_s`: the system's clock.
 

@@ -285,7 +285,7 @@ def test_a_passing_trouble_is_deferred_with_growing_pauses_then_given_up_for_a_w
 
 
 @pytest.mark.parametrize(
-    "code", ["untrusted", "not_approved", "downgrade", "below_minimum", "incompatible", "too_large"]
+    "code", ["not_approved", "malformed", "downgrade", "below_minimum", "incompatible", "too_large"]
 )
 def test_what_may_not_be_installed_is_rejected_at_once_and_for_good(code: str) -> None:
     walk = walk_to(State.FETCHING)
@@ -295,6 +295,17 @@ def test_what_may_not_be_installed_is_rejected_at_once_and_for_good(code: str) -
     assert len(walk.reports[-1].text) == 500
     assert walk.tell(Tick(), after_s=1e6) == ()
     assert walk.pointer == FACTORY
+
+
+def test_what_is_not_trusted_is_rejected_at_once_and_looked_at_again_after_a_rest() -> None:
+    walk = walk_to(State.FETCHING)
+    walk.failed("untrusted")
+    assert walk.state is State.REJECTED
+    assert walk.tell(Tick(), after_s=899) == ()
+    walk.tell(Tick(), after_s=2)
+    assert walk.state is State.FETCHING
+    walk.failed("untrusted")
+    assert walk.tell(Tick(), after_s=1799) == ()
 
 
 def test_a_model_with_wrong_golden_answers_is_quarantined_and_never_tried_again() -> None:
@@ -527,7 +538,7 @@ def test_random_walks_stay_within_their_steps_and_never_serve_neither(steps: lis
 def _settle(walk: Walk) -> None:
     """Left alone in a world that works, every walk comes to rest."""
     for _ in range(2 * MAX_STEPS):
-        if walk.state in RESTING and walk.life.update.waiting is None and walk.state is not State.FAILED:
+        if walk.state in RESTING and walk.life.next_check_s() is None and walk.life.update.waiting is None:
             return
         if walk.state in BUSY:
             walk.done()
