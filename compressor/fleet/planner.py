@@ -111,7 +111,7 @@ class Situation:
     budget_left: int
     limits: Limits
     last_ask_age_s: float | None = None
-    held: bool = False  # an operator stopped automatic regeneration
+    held: bool = False  # automatic regeneration is switched off
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ TABLE: Final = (
     Row("failed-before", _TRAIN, Kind.NOTE,
         "a regeneration from the recordings of {devices} failed before: a person must look", failed=True),
     Row("held", _TRAIN, Kind.WATCH,
-        "everything for a regeneration is here, but an operator holds it back", held=True),
+        "everything for a regeneration is here, but automatic regeneration is switched off", held=True),
     Row("budget-spent", _TRAIN, Kind.WAIT_BUDGET,
         "today's regenerations are used up; this one waits", budget=False),
     Row("regenerate-common", _SAME, Kind.REGENERATE,

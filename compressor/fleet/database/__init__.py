@@ -8,6 +8,6 @@ a connection, so that a transaction may span several nouns:
         timeline.add(tx, at=now, what="event", text="...")
 """
 
-from compressor.fleet.database.store import Connection, Database
+from compressor.fleet.database.store import Connection, Database, Row
 
-__all__ = ["Connection", "Database"]
+__all__ = ["Connection", "Database", "Row"]

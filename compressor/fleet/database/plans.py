@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, Table, delete, func, insert, select, upd
 from compressor.fleet.database.tables import DECISION, JOB, ROLLOUT, SAMPLE, SETTING
 
 MAX_DECISIONS = 10_000
+RECORD_AGAIN_S = 30.0  # a decision that stands is written down no more often
 OPEN_JOBS = ("queued", "running", "built")
 OPEN_ROLLOUTS = ("draft", "running", "soaking")
 
@@ -28,6 +29,8 @@ def record(tx: Connection, decision: dict[str, Any], *, now_s: float) -> tuple[i
     query = select(DECISION).where(same).order_by(DECISION.c.id.desc()).limit(50)
     last = next((row for row in tx.execute(query) if set(row.devices) & set(decision["devices"])), None)
     if last is not None and (last.row, last.devices) == (decision["row"], decision["devices"]):
+        if now_s - last.last_at < RECORD_AGAIN_S:
+            return int(last.id), False
         repeated = {"last_at": now_s, "repeated": last.repeated + 1}
         _change(tx, DECISION, last.id, repeated)
         return int(last.id), False
@@ -59,6 +62,10 @@ def sample(tx: Connection, name: str) -> Row[Any] | None:
 
 def change_sample(tx: Connection, name: str, **values: Any) -> None:
     _change(tx, SAMPLE, name, values)
+
+
+def remove_sample(tx: Connection, name: str) -> None:
+    tx.execute(delete(SAMPLE).where(SAMPLE.c.id == name))
 
 
 def samples(tx: Connection, *, service: str = "", device: str = "", states: Sequence[str] = ()) -> list[Row[Any]]:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, insert, inspect, select, update
+from sqlalchemy import Connection, Engine, Row, create_engine, event, insert, inspect, select, update
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from agent.contract.errors import DiskFull, StateLocked, StateUnreadable, StorageError
@@ -27,7 +27,7 @@ BUSY_S = 10.0
 WAL_LIMIT_BYTES = 16 * 1024 * 1024
 _FULL = ("database or disk is full", "disk I/O error")
 
-__all__ = ["DATABASE", "Connection", "Database"]
+__all__ = ["DATABASE", "Connection", "Database", "Row"]
 
 
 class Database:

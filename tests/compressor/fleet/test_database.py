@@ -222,10 +222,11 @@ def test_a_decision_that_stands_is_counted_not_repeated(database: Database) -> N
         number, new = plans.record(tx, first, now_s=NOW)
         assert new
         assert plans.record(tx, first, now_s=NOW + 1) == (number, False)
+        assert plans.record(tx, first, now_s=NOW + 31) == (number, False)
         assert plans.record(tx, first | {"devices": ["w2"]}, now_s=NOW + 1)[1]
-        assert plans.record(tx, first, now_s=NOW + 2) == (number, False)
-        assert plans.record(tx, first | {"row": "running"}, now_s=NOW + 3)[1]
-        assert plans.record(tx, first, now_s=NOW + 4)[1]  # it stands anew
+        assert plans.record(tx, first, now_s=NOW + 62) == (number, False)
+        assert plans.record(tx, first | {"row": "running"}, now_s=NOW + 63)[1]
+        assert plans.record(tx, first, now_s=NOW + 64)[1]  # it stands anew
         found = plans.decision(tx, number)
     assert found is not None
-    assert (found.repeated, found.last_at, found.numbers) == (2, NOW + 2, {"rows": 3})
+    assert (found.repeated, found.last_at, found.numbers) == (2, NOW + 62, {"rows": 3})

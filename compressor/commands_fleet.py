@@ -1,0 +1,251 @@
+"""Commands about the fleet: `serve`, `device`, `drift`, `rollout`. Light ones load no server.
+
+    serve --config F                     run the host
+    device list|show|enrol               who is out there, what it runs, a one-time token for a new one
+    drift list|show                      what was decided, on which numbers, for which reason
+    rollout list|halt                    how far updates got
+
+Printing is the command line's: every command hands its text or document to `options.out`, by default `print`
+of `compressor.cli`, whose `register` passes it in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from agent.contract.errors import ConfigError
+
+if TYPE_CHECKING:
+    from compressor.config import HostConfig
+    from compressor.fleet.database import Database
+
+Out = Callable[[str], object]
+Commands = Any  # argparse names the type of its sub-parsers privately
+TOKEN_LIFETIME_S = 24 * 3600.0
+
+
+def register(commands: Commands, *, out: Out) -> None:
+    """Add this module's commands to a parser. out: what prints."""
+    serve = commands.add_parser("serve", help="run the host: ingest, decide, regenerate, publish, roll out, show")
+    _common(serve, _serve, out, json_form=False)
+    _group(commands, "device", "the devices of the fleet", out, {
+        "list": (_device_list, "every device: presence, health, desired and reported version", ()),
+        "show": (_device_show, "one device in full", ("device",)),
+        "enrol": (_device_enrol, "make a one-time token with which a device enrols itself", ("device",)),
+    })  # fmt: skip
+    _group(commands, "drift", "what drift led to", out, {
+        "list": (_drift_list, "decisions, newest first", ()),
+        "show": (_drift_show, "one decision with its numbers and reason", ("decision",)),
+    })  # fmt: skip
+    _group(commands, "rollout", "updates on their way", out, {
+        "list": (_rollout_list, "rollouts, newest first", ()),
+        "halt": (_rollout_halt, "offer it to nobody else", ("rollout",)),
+    })  # fmt: skip
+
+
+def _group(commands: Commands, name: str, text: str, out: Out, verbs: dict[str, Any]) -> None:
+    actions = commands.add_parser(name, help=text).add_subparsers(required=True, metavar="ACTION")
+    for verb, (run, explanation, arguments) in verbs.items():
+        parser = actions.add_parser(verb, help=explanation)
+        for argument in arguments:
+            parser.add_argument(argument, metavar=argument.upper())
+        _common(parser, run, out)
+
+
+def _common(
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], out: Out, *, json_form: bool = True
+) -> None:
+    parser.add_argument(
+        "--config", type=Path, default=Path("/etc/edgewarden/compressor.toml"), metavar="FILE",
+        help="the host's configuration (default %(default)s)",
+    )  # fmt: skip
+    if json_form:
+        parser.add_argument("--json", action="store_true", help="print a document instead of text")
+    parser.set_defaults(run=run, out=out)
+
+
+# --- serve -----------------------------------------------------------------------------------------------------
+def _serve(options: argparse.Namespace) -> int:
+    from compressor.fleet.service import Service
+
+    service = Service(_config(options), say=_speaker(options.out))
+    service.run()
+    return 0
+
+
+def _speaker(out: Out) -> Callable[[str, str, str], None]:
+    """One line per thing worth saying: time, severity, what, sentence."""
+    from agent.clock import iso, wall_s
+
+    def say(severity: str, event: str, text: str) -> None:
+        if severity != "debug":
+            out(f"{iso(wall_s())} {severity} {event} | {' '.join(text.split())}")
+
+    return say
+
+
+def _config(options: argparse.Namespace) -> HostConfig:
+    from compressor.config import load_config
+
+    return load_config(options.config, os.environ).config
+
+
+@contextmanager
+def _opened(options: argparse.Namespace) -> Iterator[tuple[HostConfig, Database]]:
+    """The host's database, beside a running host. Raises: ConfigError when there is none yet."""
+    from compressor.fleet.database import Database
+    from compressor.fleet.database.store import DATABASE
+
+    config = _config(options)
+    if not (config.host.folder / DATABASE).exists() and options.run is not _device_enrol:
+        raise ConfigError(
+            f"there is no host in {config.host.folder}", hint="Start it with `edgewarden-compressor serve`."
+        )
+    database = Database(config.host.folder)
+    try:
+        yield config, database
+    finally:
+        database.close()
+
+
+def _show(options: argparse.Namespace, document: Any, text: str) -> int:
+    options.out(json.dumps(document, indent=1, ensure_ascii=False) if options.json else text)
+    return 0
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, empty: str) -> str:
+    if not rows:
+        return empty
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
+    return "\n".join(lines)
+
+
+# --- device ----------------------------------------------------------------------------------------------------
+def _device_list(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from compressor.web import views
+
+    with _opened(options) as (config, database), database.reading() as tx:
+        devices = views.all_devices(tx, config, _catalogue(config))
+    rows = [
+        (d.id, d.cohort or "-", d.presence, ", ".join(f"{s.model} {s.health}" for s in d.services) or "-",
+         str(d.desired or "-"), f"{d.seen or '-'} {d.update}{f' ({d.update_code})' if d.update_code else ''}", d.last_seen)
+        for d in devices
+    ]  # fmt: skip
+    head = ("DEVICE", "COHORT", "PRESENCE", "ANSWERS", "DESIRED", "REPORTED", "LAST SEEN (UTC)")
+    return _show(options, [asdict(device) for device in devices], _table(head, rows, empty="No device yet."))
+
+
+def _device_show(options: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from compressor.fleet.database import devices
+    from compressor.web import views
+
+    with _opened(options) as (config, database), database.reading() as tx:
+        row = devices.find(tx, options.device)
+        if row is None:
+            raise ConfigError(f"nothing is known of a device '{options.device}'", hint="`device list` shows all.")
+        view = views.device_view(row, config, _catalogue(config))
+        events = views.events_view(tx, row.id)[:20]
+        document = {
+            **asdict(view), "birth": row.birth, "reported_document": row.reported, "vitals": row.vitals,
+            "events": events, "refusals": views.refusals_view(tx, row.id),
+        }  # fmt: skip
+    lines = [
+        f"{view.id}: {view.presence}{f' ({view.presence_reason})' if view.presence_reason else ''}, "
+        f"cohort {view.cohort or 'none'}, last seen {view.last_seen} UTC",
+        *(f"  {s.name}: {s.model} answers, {s.health}. {s.reason}" for s in view.services),
+        f"  desired {view.desired or '-'}, reported {view.seen or '-'}: {view.update} {view.update_code}".rstrip(),
+        *(f"  {event['at']} {event['severity']} {event['kind']}: {event['text']}" for event in events),
+    ]
+    return _show(options, document, "\n".join(lines))
+
+
+def _device_enrol(options: argparse.Namespace) -> int:
+    from agent.clock import wall_s
+    from agent.contract.topics import check_identifier
+    from compressor.fleet.database import devices
+    from compressor.fleet.tokens import hash_token, new_token
+
+    device, token = check_identifier(options.device), new_token()
+    with _opened(options) as (config, database), database.writing() as tx:
+        devices.add_token(tx, hash_token(token), device, now_s=wall_s(), lifetime_s=TOKEN_LIFETIME_S)
+    url = config.http.public_url or f"http://{config.http.host}:{config.http.port}"
+    document = {"device": device, "token": token, "url": f"{url}/enrol", "lifetime_s": TOKEN_LIFETIME_S}
+    text = (
+        f"Token for '{device}', good once within 24 hours:\n  {token}\n"
+        f'On the device: POST {document["url"]} {{"device": "{device}", "token": "..."}}'
+    )
+    return _show(options, document, text)
+
+
+def _catalogue(config: HostConfig) -> Any:
+    from compressor.fleet.catalogue import Catalogue
+
+    catalogue = Catalogue(Path(config.repository.folder) if config.repository.folder else None)
+    catalogue.refresh()
+    return catalogue
+
+
+# --- drift -----------------------------------------------------------------------------------------------------
+def _drift_list(options: argparse.Namespace) -> int:
+    from compressor.web import views
+
+    with _opened(options) as (_config, database), database.reading() as tx:
+        decisions = views.decisions_view(tx, limit=100)
+    rows = [(str(d["id"]), d["at"], d["kind"], f"{d['cohort']}/{d['service']}", d["reason"]) for d in decisions]
+    head = ("ID", "SINCE (UTC)", "DECISION", "WHERE", "REASON")
+    return _show(options, decisions, _table(head, rows, empty="Nothing was reported that asks for a decision."))
+
+
+def _drift_show(options: argparse.Namespace) -> int:
+    from compressor.fleet.database import plans
+    from compressor.web import views
+
+    with _opened(options) as (_config, database), database.reading() as tx:
+        row = plans.decision(tx, int(options.decision)) if options.decision.isdecimal() else None
+        if row is None:
+            raise ConfigError(f"there is no decision '{options.decision}'", hint="`drift list` shows all.")
+        decision = views.decision_view(row)
+    lines = [
+        f"Decision {decision['id']}: {decision['kind']} (row '{decision['row']}' of the table)",
+        f"  {decision['reason']}.",
+        f"  cohort {decision['cohort']}, service {decision['service']}, devices {', '.join(decision['devices']) or 'none'}",
+        f"  since {decision['at']}, last looked at {decision['last_at']} UTC",
+        *(f"  {name:<24} {value}" for name, value in decision["numbers"].items()),
+    ]
+    return _show(options, {**decision, "numbers": row.numbers}, "\n".join(lines))
+
+
+# --- rollout ---------------------------------------------------------------------------------------------------
+def _rollout_list(options: argparse.Namespace) -> int:
+    from compressor.web import views
+
+    with _opened(options) as (config, database), database.reading() as tx:
+        rollouts = views.updates_view(tx, _catalogue(config))["rollouts"]
+    rows = [(str(r["id"]), r["state"], r["cohort"], ", ".join(r["models"]), r["since"], r["text"]) for r in rollouts]
+    head = ("ID", "STATE", "COHORT", "MODELS", "SINCE (UTC)", "WHY")
+    return _show(options, rollouts, _table(head, rows, empty="No rollout yet."))
+
+
+def _rollout_halt(options: argparse.Namespace) -> int:
+    from compressor.fleet.database import plans
+
+    with _opened(options) as (_config, database), database.writing() as tx:
+        known = options.rollout.isdecimal() and plans.change_rollout(tx, int(options.rollout), halt_asked=True)
+        if not known:
+            raise ConfigError(f"there is no rollout '{options.rollout}'", hint="`rollout list` shows all.")
+    document = {"rollout": int(options.rollout), "halt_asked": True}
+    return _show(options, document, f"Rollout {options.rollout} will be halted by the running host.")

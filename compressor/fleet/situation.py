@@ -1,0 +1,117 @@
+"""From what the database holds to what the planner is asked: one situation per cohort and service. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from compressor.config import HostConfig
+from compressor.fleet.catalogue import Catalogue
+from compressor.fleet.database import Connection, Row, messages, plans
+from compressor.fleet.evidence import ALARMS, Standing, largest_shift, standing
+from compressor.fleet.planner import Ask, Attempt, Limits, Outcome, Report, Situation
+
+DAY_S = 86_400.0
+EVIDENCE_S = 7 * DAY_S  # a report nobody renewed or cleared for so long no longer stands
+MAX_EVENTS = 500  # alarms of one device that are looked at
+MAX_WINDOWS = 64  # drift windows of one device that are looked at
+ENOUGH_ROWS = 256
+TRIES = 2  # requests of one device about one reference before it counts as failed
+HELD = "automatic_regeneration_held"
+
+
+def situations(tx: Connection, config: HostConfig, catalogue: Catalogue, *, now_s: float) -> list[Situation]:
+    """Every cohort and service that something is reported of."""
+    found = []
+    for cohort, members in config.fleet.cohorts.items():
+        reports = [entry for device in members for entry in _standing_of(tx, device, now_s)]
+        for service in sorted({entry.service for entry in reports}):
+            mine = [entry for entry in reports if entry.service == service]
+            found.append(_situation(tx, config, catalogue, cohort, service, mine, now_s))
+    return found
+
+
+def _standing_of(tx: Connection, device: str, now_s: float) -> list[Standing]:
+    newest = messages.events(tx, device=device, kinds=ALARMS, since=now_s - EVIDENCE_S, limit=MAX_EVENTS)
+    return standing(reversed(newest))
+
+
+def _situation(
+    tx: Connection, config: HostConfig, catalogue: Catalogue, cohort: str, service: str,
+    standings: Iterable[Standing], now_s: float,
+) -> Situation:  # fmt: skip
+    fleet, regeneration = config.fleet, config.regeneration
+    reports = tuple(_report(tx, entry, catalogue, now_s) for entry in standings)
+    references = {report.reference for report in reports}
+    samples = [row for row in plans.samples(tx, service=service) if row.reference in references]
+    asked_at = [row.asked_at for row in samples]
+    mine = bool(regeneration.recipe) and (cohort, service) == (regeneration.cohort, regeneration.service)
+    return Situation(
+        cohort=cohort,
+        service=service,
+        devices=tuple(sorted(fleet.cohorts[cohort])),
+        reports=reports,
+        asks=asks_of(samples),
+        attempts=attempts_of(plans.jobs(tx), plans.rollouts(tx), cohort, service),
+        budget_left=max(0, regeneration.budget_per_day - plans.jobs_since(tx, service, now_s - DAY_S)),
+        limits=Limits(
+            quorum=fleet.quorum, persisted_windows=fleet.persisted_windows, least_shift=fleet.least_shift,
+            patience_s=fleet.patience_s, collect_s=fleet.collect_s,
+        ),
+        last_ask_age_s=now_s - max(asked_at) if asked_at else None,
+        held=not mine or plans.setting(tx, HELD) is True,
+    )  # fmt: skip
+
+
+def _report(tx: Connection, entry: Standing, catalogue: Catalogue, now_s: float) -> Report:
+    newest = messages.windows(tx, entry.device, entry.service, limit=MAX_WINDOWS)
+    shift = largest_shift(newest, reference=entry.reference, enough_rows=ENOUGH_ROWS)
+    names = catalogue.features(shift.reference) if shift is not None else ()
+    return Report(
+        device=entry.device,
+        guards=entry.guards,
+        drifting=entry.drifting,
+        channels=entry.channels,
+        single_channel=entry.single_channel,
+        persisted_windows=entry.persisted_windows,
+        harmful=entry.harmful,
+        reference=entry.reference or (shift.reference if shift is not None else ""),
+        rows=shift.rows if shift is not None else 0,
+        shift=shift.size if shift is not None else 0.0,
+        feature=names[shift.feature] if shift is not None and shift.feature < len(names) else "",
+        age_s=max(0.0, now_s - entry.since),
+    )
+
+
+def asks_of(samples: Iterable[Row[Any]]) -> dict[str, Ask]:
+    """Device -> where its recordings stand. samples: newest first. One failed try is repeated, a refusal is not."""
+    states: dict[str, list[str]] = {}
+    for row in samples:
+        states.setdefault(row.device, []).append(row.state)
+    return {device: _ask(tries) for device, tries in states.items()}
+
+
+def _ask(tries: list[str]) -> Ask:
+    if "accepted" in tries:
+        return Ask.DELIVERED
+    if "asked" in tries:
+        return Ask.OPEN
+    return Ask.FAILED if "refused" in tries or len(tries) >= TRIES else Ask.NONE
+
+
+def attempts_of(
+    jobs: Iterable[Row[Any]], rollouts: Iterable[Row[Any]], cohort: str, service: str
+) -> tuple[Attempt, ...]:
+    """Regenerations of this cohort and service, with what became of them."""
+    on_their_way = {row.job for row in rollouts if row.state in plans.OPEN_ROLLOUTS}
+    return tuple(
+        Attempt(frozenset(row.devices), frozenset(row.references) - {""}, _outcome(row, on_their_way))
+        for row in jobs
+        if (row.cohort, row.service) == (cohort, service)
+    )
+
+
+def _outcome(job: Row[Any], on_their_way: set[int | None]) -> Outcome:
+    if job.state in plans.OPEN_JOBS or job.id in on_their_way:
+        return Outcome.RUNNING
+    return Outcome.FAILED if job.state == "failed" else Outcome.DONE
