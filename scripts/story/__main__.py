@@ -177,10 +177,8 @@ def device_report(context: Any) -> dict[str, Any]:
 
 
 def picture(out: Path, context: Any) -> None:
-    marks = [
-        (entry.time_s, entry.text.split(":")[0][:34]) for entry in context.timeline.entries if entry.mark in "✗✓⚡⌁"
-    ]
-    draw(context.player.replies, out / "story.png", title="accuracy and serving model", marks=marks)
+    marks = [(entry.time_s, entry.text.split(":")[0]) for entry in context.timeline.entries if entry.mark in "✗✓"]
+    draw(context.player.replies, context.counterfactual, out / "story.png", marks=marks)
 
 
 def heading(console: Console, letter: str, title: str) -> None:

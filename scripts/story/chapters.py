@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from agent.drift import Claim
 from agent.engine import OnnxEngine
 from compressor.task import Rows, Task
 from scripts.story.player import Player, accuracy, order_of
-from scripts.story.timeline import Timeline
+from scripts.story.timeline import Reply, Timeline
 from scripts.story.world import DEVICE, SERVICE, SHAKY, StoryError, World, wait_until
 
 QUIET_FACTOR = 100.0  # recordings are played this many times faster than they were made
@@ -40,6 +40,7 @@ class Context:
     engine: OnnxEngine  # the active artifact, loaded here to know what it would have answered
     claim: Claim  # how many alarms the artifact's drift monitor allows itself
     report: dict[str, Any] = field(default_factory=dict)
+    counterfactual: list[Reply] = field(default_factory=list)  # what the active engine would have answered
 
     def settle(self) -> None:
         """Wait until the agent has read every observation and the broker has every message."""
@@ -114,6 +115,9 @@ def sensor_dies(context: Context) -> None:
     served_by = during[switched[0]].served_by
     returned = [reply for reply in after if reply.served_by == SERVICE]
     without = context.engine.run({"window": faulty})["probability"].argmax(1)
+    context.counterfactual = [
+        replace(reply, predicted=int(guess), served_by=SERVICE) for reply, guess in zip(during, without, strict=True)
+    ]
     context.report["fallback"] = {
         "from": SERVICE,
         "to": served_by,
@@ -131,10 +135,10 @@ def sensor_dies(context: Context) -> None:
     _tell(context, events, during + after)
 
 
-def _tell(context: Context, events: list[dict[str, Any]], replies: list[Any]) -> None:
+def _tell(context: Context, events: list[dict[str, Any]], replies: list[Reply]) -> None:
     for event in events:
         if event["kind"] in ("sensor", "drift", "fallback", "health") and event["service"] == SERVICE:
-            time_s = event.get("numbers", {}).get("decision_time_s", replies[0].time_s)
+            time_s = float(event["details"].get("decision_time_s", replies[0].time_s))
             style = {"warning": "yellow", "error": "red", "critical": "red"}.get(event["severity"], "")
             context.timeline.add(time_s, "●", event["text"], style)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from rich.console import Console
 from rich.table import Table
 
@@ -79,36 +80,55 @@ def sparkline(values: np.ndarray, width: int = 72) -> str:
     return "".join(SPARKS[min(len(SPARKS) - 1, int(part.mean() * len(SPARKS)))] for part in parts)
 
 
-def draw(replies: list[Reply], path: Path, *, title: str, marks: list[tuple[float, str]]) -> None:
-    """Accuracy over data time with the serving model as a coloured band, as one SVG or PNG file."""
+def draw(replies: list[Reply], without: list[Reply], path: Path, *, marks: list[tuple[float, str]]) -> None:
+    """Accuracy over data time with the serving model as a coloured band, as one PNG file.
+
+    `without`: what the preferred engine would have answered while the fault lasted. The upper picture shows the time
+    around the fault, the lower one everything.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    times = np.array([reply.time_s for reply in replies]) / 60
-    figure, axes = plt.subplots(figsize=(10, 4), constrained_layout=True)
-    axes.plot(times, moving_accuracy(replies), color="#1b2a33", linewidth=1.4)
-    start = 0
-    named: set[str] = set()
-    for index in range(1, len(replies) + 1):
-        if index == len(replies) or replies[index].served_by != replies[start].served_by:
-            engine = replies[start].served_by
-            axes.axvspan(
-                times[start],
-                times[index - 1] + 1e-3,
-                color=COLOURS.get(engine, "#555555"),
-                alpha=0.25,
-                label=None if engine in named else f"served by {engine}",
-                linewidth=0,
-            )
-            named.add(engine)
-            start = index
+    figure, (near, whole) = plt.subplots(2, 1, figsize=(10, 6.2), constrained_layout=True, height_ratios=[3, 1])
+    for axes in (near, whole):
+        _bands(axes, replies)
+        axes.plot(_minutes(replies), moving_accuracy(replies), color="#1b2a33", linewidth=1.4, label="as served")
+        axes.set(ylim=(0, 1.05))
+        axes.spines[["top", "right"]].set_visible(False)
+    if without:
+        near.plot(
+            _minutes(without), moving_accuracy(without), color="#b3402f", linewidth=1.2, linestyle=":",
+            label="without the switch",
+        )  # fmt: skip
+        start, end = without[0].time_s - 90, without[-1].time_s + 210
+        near.set_xlim(start / 60, end / 60)
+        marks = [(time_s, text) for time_s, text in marks if start <= time_s <= end]
     for time_s, text in marks:
-        axes.axvline(time_s / 60, color="#b3402f", linewidth=0.9, linestyle="--")
-        axes.annotate(text, (time_s / 60, 0.03), rotation=90, fontsize=8, color="#b3402f", ha="right", va="bottom")
-    axes.set(xlabel="minutes of data", ylabel=f"accuracy over {SMOOTH} windows", ylim=(0, 1.03), title=title)
-    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    axes.spines[["top", "right"]].set_visible(False)
+        near.axvline(time_s / 60, color="#1b2a33", linewidth=0.9, linestyle="--")
+        near.annotate(text, (time_s / 60, 0.03), rotation=90, fontsize=8, ha="right", va="bottom")
+    near.set(ylabel=f"accuracy over {SMOOTH} windows", title="A sensor dies, another model answers, the sensor heals")
+    near.legend(loc="lower right", fontsize=8, framealpha=0.9)
+    whole.set(xlabel="minutes of data", ylabel="all of it")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _minutes(replies: list[Reply]) -> np.ndarray:
+    return np.array([reply.time_s for reply in replies]) / 60
+
+
+def _bands(axes: Axes, replies: list[Reply]) -> None:
+    """One coloured band for every stretch answered by one engine; each engine once in the legend."""
+    times, start, named = _minutes(replies), 0, set()
+    for index in range(1, len(replies) + 1):
+        if index < len(replies) and replies[index].served_by == replies[start].served_by:
+            continue
+        engine = replies[start].served_by
+        axes.axvspan(
+            times[start], times[index - 1] + 1e-3, color=COLOURS.get(engine, "#555555"), alpha=0.25, linewidth=0,
+            label=None if engine in named else f"served by {engine}",
+        )  # fmt: skip
+        named.add(engine)
+        start = index

@@ -33,7 +33,7 @@ def test_clock_shows_hours_minutes_seconds():
 
 
 def test_the_picture_is_written(tmp_path):
-    draw(replies([1, 1, 0, 1, 1]), tmp_path / "story.png", title="t", marks=[(2.0, "gyro dies")])
+    draw(replies([1, 1, 0, 1, 1]), replies([0, 0]), tmp_path / "story.png", marks=[(2.0, "gyro dies")])
     assert (tmp_path / "story.png").read_bytes().startswith(b"\x89PNG")
 
 
