@@ -49,32 +49,32 @@ def get(
     Raises:
         Unavailable: no connection, no answer in time, or not HTTP.
     """
-    parts = urlsplit(url)
-    connection = _connection(parts.scheme, parts.netloc, timeout_s, tls)
+    connection, path = _connection(url, timeout_s, tls)
     headers = {"Accept-Encoding": "identity", "User-Agent": "edgewarden"}
     if offset:
         headers["Range"] = f"bytes={offset}-"
-    try:
-        with contextlib.closing(connection):
-            try:
-                connection.request("GET", parts.path or "/", headers=headers)
-                response = connection.getresponse()
-            except (*_FOREIGN, ValueError) as error:
-                raise _unavailable(url, error) from None
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", path, headers=headers)
+            response = connection.getresponse()
+        except (*_FOREIGN, ValueError) as error:
+            raise _unavailable(url, error) from None
+        with contextlib.closing(response):
             yield _answer(response, url, until_s)
-    finally:
-        connection.close()
 
 
-def _connection(scheme: str, netloc: str, timeout_s: float, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
+def _connection(url: str, timeout_s: float, tls: ssl.SSLContext | None) -> tuple[http.client.HTTPConnection, str]:
+    """Not yet opened; and the path to ask it for."""
     try:
-        if scheme == "https":
-            return http.client.HTTPSConnection(netloc, timeout=timeout_s, context=tls or make_tls(""))
-        if scheme == "http":
-            return http.client.HTTPConnection(netloc, timeout=timeout_s)
-    except http.client.InvalidURL as error:
-        raise Unavailable(f"cannot ask '{netloc[:80]}': {error}") from None
-    raise Unavailable(f"cannot fetch from a '{scheme[:20]}' address", hint="Use http or https.")
+        parts = urlsplit(url)
+        if parts.scheme == "https":
+            secure = tls or make_tls("")
+            return http.client.HTTPSConnection(parts.netloc, timeout=timeout_s, context=secure), parts.path or "/"
+        if parts.scheme == "http":
+            return http.client.HTTPConnection(parts.netloc, timeout=timeout_s), parts.path or "/"
+    except (http.client.InvalidURL, ValueError) as error:
+        raise Unavailable(f"cannot ask '{url[:80]}': {error}") from None
+    raise Unavailable(f"cannot fetch from a '{parts.scheme[:20]}' address", hint="Use http or https.")
 
 
 def _answer(response: http.client.HTTPResponse, url: str, until_s: float) -> Answer:
@@ -97,8 +97,10 @@ def _body(response: http.client.HTTPResponse, url: str, until_s: float) -> Itera
         except _FOREIGN as error:
             raise _unavailable(url, error) from None
         if not chunk:
-            return
+            break
         yield chunk
+    if response.length:
+        raise Unavailable(f"{url} was cut {response.length} bytes before its end", hint="It is tried again.")
 
 
 def _unavailable(url: str, error: BaseException) -> Unavailable:
