@@ -30,6 +30,7 @@ from agent.contract.errors import (
 from agent.contract.tensors import HEADER_LENGTH, Array, Buffer, Tensor, datatype_of, read_tensors, write_tensors
 
 MAX_HEAD_BYTES = 64 * 1024
+ALIGNMENT = 8  # bytes: the server can use binary tensors where they lie
 MAX_ANSWER_BYTES = 1024 * 1024 * 1024
 _ERRORS: dict[int, type[ServingError]] = {
     400: InvalidRequest,
@@ -193,6 +194,8 @@ class Client:
         self, method: str, path: str, document: Any, parts: Sequence[Buffer]
     ) -> tuple[dict[str, str], memoryview]:
         head = b"" if document is None else json.dumps(document, separators=(",", ":")).encode()
+        if parts:
+            head += b" " * (-len(head) % ALIGNMENT)
         status, headers, body = self._exchange(method, path, head, parts)
         if status != 200:
             raise _error(status, bytes(body))

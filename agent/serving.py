@@ -19,6 +19,7 @@ import numpy as np
 
 from agent import clock
 from agent.contract.errors import (
+    ConfigError,
     DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
@@ -198,6 +199,8 @@ class Service:
     """One served name: its plan, its lineup (replaced by assignment), its guard and its counters."""
 
     def __init__(self, index: int, plan: ServicePlan, lineup: Lineup) -> None:
+        """Raises: ConfigError: the guard does not fit the service's inputs."""
+        _check_guard(plan)
         self.index = index
         self.plan = plan
         self.lineup = lineup
@@ -389,6 +392,19 @@ class _Runner:
             result = _Attempt(self._service, request, self._watch, self._stuck_ns).run()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
                 self._loop.call_soon_threadsafe(done, result)
+
+
+def _check_guard(plan: ServicePlan) -> None:
+    """A guard that does not fit would fail at every request."""
+    if plan.guard is None:
+        return
+    shapes = {tensor.name: tensor.shape for tensor in plan.engines[0].inputs}
+    shape, channels = shapes.get(plan.guard.input), len(plan.guard.channels)
+    if shape is None or (channels and shape[-1] != channels):
+        raise ConfigError(
+            f"the guard of '{plan.service}' names {channels} channels of input '{plan.guard.input}', "
+            f"the inputs are {shapes}"
+        )
 
 
 def _refusal(service: Service, request: Request) -> _Result | None:

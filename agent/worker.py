@@ -4,7 +4,10 @@
 
 Started by file descriptors only: the channel to the agent process, the observation ring and the listening sockets.
 It loads what the plan in `Start` names, says `Ready`, accepts after `Serve`, and ends when the channel closes, after
-`Drain`, or when a run cannot be stopped. Decides nothing.
+`Drain` or SIGTERM, or when a run cannot be stopped. Decides nothing.
+
+Exit codes: 0 drained or no longer wanted; 2 a plan that cannot be served; 3 frames that make no sense; 70 a run that
+ignored its end order; 1 anything else.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any, assert_never
 
 from agent import clock
 from agent.channel import Channel
-from agent.contract.errors import ContractError, Overloaded, ServingError
+from agent.contract.errors import ContractError, EdgewardenError, Overloaded, ServingError
 from agent.contract.plan import (
     Drain,
     Drained,
@@ -46,7 +49,6 @@ from agent.serving import Service, Serving
 TROUBLE_INTERVAL_S = 0.25
 DRAIN_LIMIT_S = 30.0
 EXIT_INTERNAL = 1
-EXIT_CHANNEL = 3  # the other end spoke nonsense
 EXIT_STUCK = 70  # a run ignored its end order; only a new process helps
 
 
@@ -61,6 +63,7 @@ class Worker:
         self._serving: Serving | None = None
         self._server: Server | None = None
         self._trouble_timer: asyncio.TimerHandle | None = None
+        self._leaving: asyncio.Future[None] | None = None
         self._bugs = 0
         self._unsent = 0
 
@@ -70,7 +73,9 @@ class Worker:
         Raises:
             ContractError: the other end sent what is no frame for a worker.
         """
-        asyncio.get_running_loop().set_exception_handler(self._report)
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._report)
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
         try:
             while (frame := await self._channel.receive()) is not None:
                 match frame:
@@ -155,6 +160,15 @@ class Worker:
         self._send(Drained(0 if self._plan is None else self._plan.generation))
         await self._channel.drain()
 
+    def _terminate(self) -> None:
+        """SIGTERM: drain, and leave the way a closed channel does."""
+
+        async def leave() -> None:
+            await self._drain()
+            await self._channel.close()
+
+        self._leaving = asyncio.ensure_future(leave())
+
     def _note_trouble(self) -> None:
         """Tell the first trouble soon, then a few times a second however many there are."""
         if self._trouble_timer is None:
@@ -228,9 +242,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with asyncio.Runner(loop_factory=factory) as runner:
         try:
             return runner.run(_main(given.channel_fd, given.ring_fd, given.listen_fd))
-        except ContractError as error:
+        except EdgewardenError as error:
             sys.stderr.write(f"worker: {error.sentence()}\n")
-            return EXIT_CHANNEL
+            return error.exit_code
+        except OSError as error:
+            sys.stderr.write(f"worker: a descriptor cannot be used: {error.strerror}.\n")
+            return EXIT_INTERNAL
 
 
 if __name__ == "__main__":

@@ -40,7 +40,13 @@ DATATYPES: dict[str, np.dtype[Any]] = {
     "BYTES": np.dtype(object),  # each element a length (uint32) and that many bytes
 }
 _NAMES = {dtype: name for name, dtype in DATATYPES.items()}
-_JSON_TYPES: dict[str, set[type]] = {"b": {bool}, "i": {int}, "u": {int}, "f": {int, float}, "O": {str}}  # by kind of the dtype
+_JSON_TYPES: dict[str, set[type]] = {
+    "b": {bool},
+    "i": {int},
+    "u": {int},
+    "f": {int, float},
+    "O": {str},
+}  # by kind of the dtype
 _LENGTH = struct.Struct("<I")
 
 
@@ -68,7 +74,7 @@ def datatype_of(array: Array) -> str:
 
 
 def read_tensors(described: Iterable[Any], binary: Buffer = b"") -> list[Tensor]:
-    """The tensors of one request or response. Numeric binary tensors are read-only views of `binary`.
+    """The tensors of one request or response. Binary tensors may be read-only views of `binary`.
 
     Raises:
         InvalidRequest: a description is malformed, or data and shape do not fit.
@@ -124,7 +130,7 @@ def encode_binary(tensor: Tensor) -> bytes:
 
 
 def decode_binary(name: str, datatype: str, shape: tuple[int, ...], data: Buffer) -> Array:
-    """Array from binary data; a read-only view unless the datatype is BYTES.
+    """Array from binary data: a read-only view where the memory's alignment and the datatype allow it.
 
     Raises:
         InvalidRequest: the size does not fit datatype and shape.
@@ -139,7 +145,9 @@ def decode_binary(name: str, datatype: str, shape: tuple[int, ...], data: Buffer
         )
     if datatype == "BOOL":
         return np.frombuffer(data, np.uint8).reshape(shape).astype(np.bool_)
-    return np.frombuffer(data, dtype).reshape(shape)
+    array = np.frombuffer(data, dtype).reshape(shape)
+    # numpy works on unaligned memory at a third of its speed: one copy is cheaper than the first operation
+    return array if array.flags.aligned else array.copy()
 
 
 def encode_json(tensor: Tensor) -> list[Any]:

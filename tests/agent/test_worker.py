@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agent.channel import encode
+from agent.channel import Frame, encode
 from agent.client import Client
 from agent.contract.errors import (
     DeadlineExceeded,
@@ -27,9 +27,9 @@ from agent.contract.errors import (
     Overloaded,
     UnknownModel,
 )
-from agent.contract.plan import Drained, EngineTrouble, Prefer, Ready, Serve, WorkerPlan
+from agent.contract.plan import Drained, EngineTrouble, GuardPlan, Prefer, Ready, Serve, Start, WorkerPlan
 from agent.observation import Outcome
-from tests.models import engine_plan, expected_probability, floor_plan, service_plan, window, worker_plan
+from tests.models import engine_plan, expected_probability, floor_plan, guard_plan, service_plan, window, worker_plan
 from tests.processes import RunningWorker, Sockets
 
 pytestmark = pytest.mark.system
@@ -300,6 +300,7 @@ def test_a_failing_engine_is_replaced_within_the_request_and_told(
             count += told.count
         assert count == 3
         assert client.infer("wrist", {"window": window()}).served_by == "wrist"
+        worker.statistics()  # answered after the record was written
         assert sockets.ring.read()["outcome"].tolist() == [Outcome.FAILED_OVER] * 3 + [Outcome.OK]
 
 
@@ -389,6 +390,28 @@ def test_a_worker_ends_when_the_agent_process_is_gone(tmp_path: Path, sockets: S
         assert worker.stderr() == ""
 
 
+def test_a_terminated_worker_drains_first(tmp_path: Path, sockets: Sockets) -> None:
+    with RunningWorker(sockets, plan_of(tmp_path)).serve() as worker, Client(sockets.unix_address) as client:
+        client.infer("wrist", {"window": window()})
+        worker.process.terminate()
+        assert worker.expect(Drained) == Drained(1)
+        assert worker.wait() == 0
+        assert worker.stderr() == ""
+
+
+def test_a_plan_that_cannot_be_served_ends_the_worker_with_a_sentence(tmp_path: Path, sockets: Sockets) -> None:
+    plan = plan_of(tmp_path, guard=GuardPlan("window", guard_plan().channels[:2]))
+    code, errors = run_alone(sockets, Start(plan))
+    assert code == 2
+    assert errors.startswith("worker: the guard of 'wrist' names 2 channels of input 'window'")
+
+
+def test_descriptors_that_are_none_end_the_worker_with_a_sentence() -> None:
+    command = [sys.executable, "-m", "agent.worker", "--channel-fd", "900", "--ring-fd", "901"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "worker: a descriptor cannot be used: Bad file descriptor.\n")
+
+
 def test_nobody_is_served_before_serve(tmp_path: Path, sockets: Sockets) -> None:
     with RunningWorker(sockets, plan_of(tmp_path)) as worker, Client(sockets.unix_address, timeout_s=0.3) as client:
         with pytest.raises(DeadlineExceeded):
@@ -400,20 +423,27 @@ def test_nobody_is_served_before_serve(tmp_path: Path, sockets: Sockets) -> None
 
 @pytest.mark.parametrize("frame", [Prefer("wrist", "wrist", ""), Serve(), Ready(1, 1, ())])
 def test_frames_out_of_order_end_the_worker_with_a_sentence(sockets: Sockets, frame: Any) -> None:
+    code, errors = run_alone(sockets, frame)
+    assert code == 3
+    assert errors.startswith("worker: a worker was")
+
+
+def run_alone(sockets: Sockets, frame: Frame) -> tuple[int, str]:
+    """Exit code and stderr of a worker that is sent this frame first."""
     ours, theirs = socket.socketpair()
     arguments = ["--channel-fd", str(theirs.fileno()), "--ring-fd", str(sockets.ring_fd)]
     process = subprocess.Popen(
         [sys.executable, "-m", "agent.worker", *arguments],
         pass_fds=(theirs.fileno(), sockets.ring_fd),
         stderr=subprocess.PIPE,
+        text=True,
     )
     theirs.close()
     ours.sendall(encode(frame))
     _, errors = process.communicate(timeout=60)
     ours.close()
-    assert process.returncode == 3
-    assert errors.decode().startswith("worker: a worker was")
-    assert b"Traceback" not in errors
+    assert "Traceback" not in errors
+    return process.returncode, errors
 
 
 def test_a_worker_imports_nothing_heavy(tmp_path: Path, sockets: Sockets) -> None:

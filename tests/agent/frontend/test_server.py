@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -85,7 +86,7 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 def statuses(raw: bytes) -> list[int]:
-    return [int(part.split(b" ")[0]) for part in raw.split(b"HTTP/1.1 ")[1:]]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) [^\r]*\r\nContent-Length", raw)]
 
 
 def error(raw: bytes) -> str:
