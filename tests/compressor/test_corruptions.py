@@ -17,8 +17,8 @@ def apply(corruption: broken.Corruption, windows: broken.Windows = WINDOWS) -> b
     "corruption",
     [
         broken.dead([0]), broken.stuck([0, 1]), broken.scale([2], 9.8), broken.bias([3], 0.3), broken.noise([0], 0.5),
-        broken.spikes([0, 1], 0.1, 8.0), broken.saturate([0], 0.5), broken.swap([(0, 1)]), broken.rotate([(0, 1)], 30),
-        broken.hold(2), broken.lose(10), broken.stretch(1.25),
+        broken.spikes([0, 1], 0.1, 8.0), broken.saturate([0], 0.5), broken.swap([(0, 1)]),
+        broken.rotate([(0, 1)], 30), broken.hold(2), broken.lose(10), broken.stretch(1.25),
     ],
 )  # fmt: skip
 def test_every_corruption_keeps_shape_and_type_and_leaves_its_input_alone(corruption: broken.Corruption) -> None:

@@ -24,6 +24,7 @@ class SignEngine:
     def run(
         self, feeds: Mapping[str, Array], wanted: Sequence[str] = (), *, control: RunControl | None = None
     ) -> dict[str, Array]:
+        del wanted, control
         positive = (feeds["x"][:, 0, 0] > 0).astype(np.float32)
         assert len(positive) <= BATCH
         return {PROBABILITY: np.stack([1 - positive, positive], 1), VIEW_OUTPUT: feeds["x"][:, 0]}

@@ -19,7 +19,8 @@ def test_parity_counts_equal_classes_and_the_largest_difference() -> None:
 def test_a_drop_beyond_the_limit_fails_and_one_at_it_passes() -> None:
     for accuracy, passes in ((0.95, True), (0.92, True), (0.91, False)):
         gates = general_gates(
-            GatesTable(), accuracy=accuracy, reference_accuracy=0.95, allowed_drop=0.03, parity=Parity(1, 0), golden_error=0
+            GatesTable(), accuracy=accuracy, reference_accuracy=0.95, allowed_drop=0.03, parity=Parity(1, 0),
+            golden_error=0,
         )  # fmt: skip
         assert gates[0].passed is passes
 

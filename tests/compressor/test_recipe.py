@@ -32,7 +32,7 @@ def test_the_shipped_recipes_are_valid_and_differ_only_in_effort() -> None:
 
 def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_line(tmp_path: Path, tiny_recipe: Path) -> None:
     path = changed(tmp_path, tiny_recipe, "learning_rate", "learning_rat")
-    with pytest.raises(RecipeError, match="unknown key 'train.learning_rat'") as caught:
+    with pytest.raises(RecipeError, match=r"unknown key 'train\.learning_rat'") as caught:
         read_recipe(path)
     assert caught.value.line == line_of(path, "learning_rat")
     assert "learning_rate" in caught.value.hint

@@ -93,6 +93,21 @@ def test_the_older_exporter_gives_the_same_answers(model: bytes, tmp_path: Path)
         assert np.abs(one[name] - two[name]).max() < 1e-5
 
 
+class Undecided(torch.nn.Module):
+    """Branches on data, which the newer exporter refuses."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = x.mean(2)
+        return pooled * 2 if bool(x.abs().sum() > 0) else pooled
+
+
+def test_what_the_newer_exporter_refuses_goes_to_the_older_one(tmp_path: Path) -> None:
+    both = Served(Undecided(), reads=[0, 1], mean=torch.zeros(6), sd=torch.ones(6))
+    told = run(export(both, input_name="window", shape=(128, 6)), tmp_path, WINDOWS)
+    with torch.no_grad():
+        assert np.abs(told[PROBABILITY] - both(torch.from_numpy(WINDOWS))[0].numpy()).max() < 1e-5
+
+
 def test_the_view_can_be_left_out_with_all_its_nodes(model: bytes, tmp_path: Path) -> None:
     bare = without_view(model)
     assert b"TopK" not in bare
