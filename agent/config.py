@@ -161,6 +161,9 @@ class OutboxSection(Section):
         default=16 * 1024 * 1024, ge=64 * 1024, le=1 << 32, description="Most it may hold on disk."
     )
     max_age_s: float = Field(default=7 * 86_400.0, gt=0, description="Older messages are dropped and counted.")
+    keep_unheard: bool = Field(
+        default=True, description="Keep what the broker acknowledged but had no subscriber for, and send it again."
+    )
     delete_after: Literal["puback"] = Field(default="puback", description="When a message leaves the outbox.")
 
 

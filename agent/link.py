@@ -2,7 +2,8 @@
 
 Promises: a message counts as delivered only when its PUBACK says success; at most a window of them is on its way;
 one that no broker takes (too large, malformed) is dropped and counted; a topic the broker forbids is set aside
-for a while, and said so; a session that stops answering is replaced. Reconnects for ever, with growing, jittered
+for a while, and said so; what the broker would throw away because nobody subscribes is kept and tried again (unless
+configured otherwise); a session that stops answering is replaced. Reconnects for ever, with growing, jittered
 pauses. A broker that is down never holds up anything else.
 Leaves to others: what is sent (`agent.outbox`), its meaning (`agent.contract.messages`), the wire (`agent.session`).
 """
@@ -26,6 +27,9 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.5, 60.0, 15.0
 DENIED_TOPIC_S = 60.0
 BUSY_BROKER_S = 5.0
 
+FIRST_UNHEARD_S, LONGEST_UNHEARD_S = 1.0, 30.0
+
+NO_SUBSCRIBER = 0x10  # a success for MQTT, but the broker has thrown the message away
 NOT_AUTHORIZED = 0x87
 PACKET_TOO_LARGE = 0x95
 NEVER_TAKEN = frozenset({0x90, PACKET_TOO_LARGE, 0x99})  # topic name invalid, ..., payload format invalid
@@ -35,7 +39,14 @@ class Link:
     """Keeps a session open, announces retained documents and drains the outbox through it."""
 
     def __init__(
-        self, broker: Broker, outbox: Outbox, journal: Journal, *, will: Will, jitter: random.Random | None = None
+        self,
+        broker: Broker,
+        outbox: Outbox,
+        journal: Journal,
+        *,
+        will: Will,
+        keep_unheard: bool = True,
+        jitter: random.Random | None = None,
     ) -> None:
         self._broker = broker
         self._outbox = outbox
@@ -48,6 +59,8 @@ class Link:
         self._unannounced: dict[str, bytes] = {}
         self._denied: dict[str, float] = {}  # topic -> monotonic time of the next try
         self._busy_until_s = 0.0
+        self._keep_unheard = keep_unheard
+        self._unheard_pause_s = 0.0  # 0 = somebody listens, or we do not know
         self._state, self._since, self._error = "connecting", wall_s(), ""
         self._counters = dict.fromkeys(("connects", "losses", "published", "too_large", "stuck"), 0)
         self._refusals: Counter[str] = Counter()
@@ -92,7 +105,9 @@ class Link:
         now_s = monotonic_s()
         self._denied = {topic: until_s for topic, until_s in self._denied.items() if until_s > now_s}
         self._send_documents(session)
-        room = session.window - len(session.flights)
+        # while nobody listens one message at a time asks whether somebody does
+        window = 1 if self._unheard_pause_s else session.window
+        room = window - len(session.flights)
         if room <= 0 or now_s < self._busy_until_s:
             return
         on_their_way = {flight.row.id for flight in session.flights.values() if flight.row is not None}
@@ -110,6 +125,7 @@ class Link:
             "error": self._error,
             "in_flight": flights,
             "denied_topics": sorted(self._denied),
+            "unheard": self._unheard_pause_s > 0,
             "refusals": dict(self._refusals),
             **self._counters,
         }
@@ -165,13 +181,22 @@ class Link:
 
     def _taken(self, flight: Flight, reason: int) -> None:
         """A PUBACK came."""
-        if reason < 0x80:
+        if reason == NO_SUBSCRIBER and flight.row is not None and self._keep_unheard:
+            self._unheard()
+        elif reason < 0x80:
+            self._unheard_pause_s = 0.0 if flight.row is not None else self._unheard_pause_s
             self._counters["published"] += 1
             if flight.row is not None:
                 self._outbox.settle(flight.row)
         else:
             self._not_taken(flight, reason)
         asyncio.get_running_loop().call_soon(self.pump)  # not from inside the session's callback
+
+    def _unheard(self) -> None:
+        now_s = monotonic_s()
+        if now_s >= self._busy_until_s:  # one of a window that was on its way together
+            self._unheard_pause_s = min(max(2 * self._unheard_pause_s, FIRST_UNHEARD_S), LONGEST_UNHEARD_S)
+            self._busy_until_s = now_s + self._unheard_pause_s
 
     def _not_taken(self, flight: Flight, reason: int) -> None:
         self._refusals[f"0x{reason:02x}"] += 1

@@ -148,7 +148,8 @@ def _make_link(config: AgentConfig, manager: Manager, outbox: Outbox, journal: J
     device, topics = config.device, config.topics
     broker = make_broker(config.link, manager, client_id=f"edgewarden-{device.fleet}-{device.id}")
     lost = Status(device=device.id, boot=outbox.boot, state="offline", reason="connection lost", at=wall_s())
-    return Link(broker, outbox, journal, will=Will(topics.status, lost.encode()))
+    will = Will(topics.status, lost.encode())
+    return Link(broker, outbox, journal, will=will, keep_unheard=config.outbox.keep_unheard)
 
 
 def make_broker(link: LinkSection, manager: Manager, *, client_id: str) -> Broker:

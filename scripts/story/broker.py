@@ -87,8 +87,6 @@ password_file {passwords}
 acl_file {self.folder / "acl"}
 persistence true
 persistence_location {self.folder}/
-autosave_interval 1
-autosave_on_changes true
 user {user}
 max_packet_size 1000000
 log_dest file {self.folder / "mosquitto.log"}

@@ -185,6 +185,24 @@ def test_a_busy_broker_is_asked_again_later(tmp_path: Path, monkeypatch: pytest.
     run(story())
 
 
+def test_what_nobody_subscribes_to_is_kept_and_sent_when_somebody_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "FIRST_UNHEARD_S", 0.05)
+
+    async def story() -> None:
+        async with BrokerDouble(answer=lambda _: 0x10) as broker, Device(tmp_path, broker.port) as device:
+            device.put(30)
+            await until(lambda: device.link.statistics()["unheard"])
+            await until(lambda: len(broker.published) >= 22)  # a window, then one at a time
+            assert device.outbox.statistics()["rows"] == 30
+            broker.answer = lambda _: 0
+            await until(lambda: device.outbox.statistics()["rows"] == 0)
+            assert not device.link.statistics()["unheard"]
+
+    run(story())
+
+
 def test_a_session_without_pubacks_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session_module, "STUCK_S", 0.3)
 

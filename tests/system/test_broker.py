@@ -116,7 +116,9 @@ def test_wrong_credentials_are_shown_and_never_block_serving(agent: Agent, broke
     assert "not the password" not in doctor.stdout + agent.log.read_text() + json.dumps(agent.status())
 
 
-def test_a_topic_the_broker_forbids_is_an_error_in_the_status(agent: Agent, broker: Broker) -> None:
+def test_a_topic_the_broker_forbids_is_an_error_in_the_status(
+    agent: Agent, broker: Broker, subscriber: Subscriber
+) -> None:
     acl = broker.folder / "acl"
     acl.write_text(acl.read_text().replace(f"ew/1/{FLEET}/{DEVICE}/#", f"ew/1/{FLEET}/{DEVICE}/tm"))
     broker.stop()
@@ -127,6 +129,20 @@ def test_a_topic_the_broker_forbids_is_an_error_in_the_status(agent: Agent, brok
     wait_until(lambda: agent.status()["link"]["published"] >= 2, "allowed messages flow all the same")
     assert agent.status()["link"]["refusals"]["0x87"] >= 1
     assert agent.status()["outbox"]["rows"] >= 1  # kept, not counted as delivered
+
+
+def test_what_nobody_subscribes_to_is_kept_until_somebody_does(agent: Agent, broker: Broker) -> None:
+    agent.write(agent.link_to(broker))
+    agent.start()
+    wait_until(lambda: agent.status()["link"]["unheard"], "the agent knows that nobody listens")
+    listener = Subscriber(broker.port, OPERATOR, broker.users[OPERATOR], FLEET)
+    listener.start()
+    try:
+        wait_until(lambda: agent.status()["outbox"]["rows"] == 0, "the outbox is empty")
+        wait_until(lambda: highest(listener) >= 3, "what waited arrives")
+        wait_until(lambda: listener.missing(DEVICE) == 0, "without gaps")
+    finally:
+        listener.stop()
 
 
 def test_the_last_will_is_armed_and_a_short_loss_stays_unheard(
