@@ -24,7 +24,7 @@ BEHIND_S = 300.0  # a clock may lag the publisher's by this much
 AHEAD_S = 86_400.0  # and the publisher's lead ours by this much: a wrong host must not raise our floor for ever
 MARKS = "marks.json"
 CACHE = "metadata"
-CHILD_LIMITS = child.Limits(memory_bytes=1024 * 1024 * 1024, cpu_s=30, wall_s=90.0)
+CHILD_LIMITS = child.Limits(memory_bytes=512 * 1024 * 1024, cpu_s=30, wall_s=90.0)  # 128 MiB is enough
 
 
 @dataclass(frozen=True, slots=True)

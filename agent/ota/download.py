@@ -24,7 +24,6 @@ from agent.ota.files import make_folder, storage_error, sync_folder
 
 ATTEMPTS_WITHOUT_PROGRESS = 3
 RESERVE_BYTES = 1024 * 1024  # room left for everything else
-PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +38,19 @@ class Wanted:
 class Downloads:
     """The download store of one device. Blocking; owned by the thread that executes updates."""
 
-    def __init__(self, folder: Path, *, tls: ssl.SSLContext | None = None, timeout_s: float = 15.0) -> None:
-        """`folder`: the state folder, shared with `Slots`. Raises: DiskFull, StorageError."""
+    def __init__(
+        self, folder: Path, *, tls: ssl.SSLContext | None = None, timeout_s: float = 15.0, pause_s: float = 0.5
+    ) -> None:
+        """`folder`: the state folder, shared with `Slots`. `pause_s`: before a try after one that brought nothing.
+
+        Raises:
+            DiskFull, StorageError
+        """
         self._blobs = folder / "blobs"
         self._partial = folder / "partial"
         self._tls = tls
         self._timeout_s = timeout_s
+        self._pause_s = pause_s
         self.moved_bytes = self.resumed = self.restarted = 0
         for place in (self._blobs, self._partial):
             make_folder(place)
@@ -100,7 +106,7 @@ class Downloads:
                 idle = 0 if _size(self._partial / wanted.sha256) > have else idle + 1
                 if idle >= ATTEMPTS_WITHOUT_PROGRESS or cancelled() or clock.monotonic_s() > until_s:
                     raise
-                clock.sleep(PAUSE_S * idle)
+                clock.sleep(self._pause_s * idle)
 
     def _ask(self, wanted: Wanted, have: int, until_s: float, cancelled: Callable[[], bool]) -> None:
         with wire.get(wanted.url, until_s=until_s, timeout_s=self._timeout_s, offset=have, tls=self._tls) as answer:

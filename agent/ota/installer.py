@@ -22,7 +22,7 @@ from agent.ota.download import Downloads, Wanted
 from agent.ota.slots import Slots
 
 MAX_ARTIFACT_BYTES = 1024 * 1024 * 1024
-TRIAL_LIMITS = child.Limits(memory_bytes=2 * 1024 * 1024 * 1024, cpu_s=60, wall_s=120.0)
+TRIAL_LIMITS = child.Limits(memory_bytes=1024 * 1024 * 1024, cpu_s=60, wall_s=120.0)  # 256 MiB do for a small model
 
 
 @dataclass(frozen=True, slots=True)

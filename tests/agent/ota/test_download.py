@@ -30,7 +30,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def downloads(tmp_path: Path) -> Downloads:
-    return Downloads(tmp_path / "state", timeout_s=2.0)
+    return Downloads(tmp_path / "state", timeout_s=2.0, pause_s=0.01)
 
 
 def wanted(server: Server, size: int = len(BODY), digest: str = DIGEST) -> Wanted:
@@ -165,7 +165,7 @@ def test_other_addresses_are_not_asked(downloads: Downloads, url: str) -> None:
 def test_a_server_that_says_nothing_is_given_up(server: Server, tmp_path: Path) -> None:
     server.faults = [Fault(silent=True)]
     with pytest.raises(Unavailable, match=r"timed out|too slow"):
-        Downloads(tmp_path / "state", timeout_s=0.1).fetch(wanted(server), deadline_s=0.05)
+        Downloads(tmp_path / "state", timeout_s=0.1, pause_s=0.01).fetch(wanted(server), deadline_s=0.05)
 
 
 def test_a_cancelled_download_keeps_what_came(server: Server, downloads: Downloads, tmp_path: Path) -> None:

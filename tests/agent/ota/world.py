@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 from securesystemslib.signer import CryptoSigner, SSlibKey
 from tuf.api.metadata import Metadata, MetaFile, Snapshot, TargetFile, Targets, Timestamp
@@ -38,16 +39,24 @@ def make_artifact(
     name: str = "wrist",
     version: int = 1,
     wrong: float = 0.0,
+    shift: float = 0.0,
     proto: onnx.ModelProto | None = None,
     device_class: str = "gateway",
     scale: float | None = None,
+    golden: bool = True,
     **changes: Any,
 ) -> str:
-    """An artifact folder with a working model; returns its manifest digest. `wrong` spoils the golden answers."""
+    """An artifact folder with a working model; returns its manifest digest.
+
+    `wrong` spoils the golden answers, `shift` moves the golden inputs.
+    """
     folder.mkdir(parents=True)
     scale = 1.0 + version / 100 if scale is None else scale  # other bytes for each version
     models.save(proto or models.classifier(scale=scale), folder / "model.onnx")
-    models.save_golden(folder / "golden.npz", scale=scale, wrong=wrong)
+    if golden:
+        x = models.window(shift, rows=4)
+        expected = (models.expected_probability(x, scale) + wrong).astype(np.float32)
+        np.savez(folder / "golden.npz", in_window=x, out_probability=expected, tolerance=np.array(1e-5))
     (folder / "card.json").write_bytes(canonical({"accuracy": {name: 0.9}}))
     blobs = {
         role: Blob(file=file, size=(folder / file).stat().st_size, sha256=artifact.sha256_file(folder / file))

@@ -1,0 +1,126 @@
+"""A candidate on trial, in a real child: right and wrong answers, wrong tensors, hogs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from agent.contract.artifact import Input
+from agent.contract.errors import ArtifactError, Corrupt, EdgewardenError, EngineFailed, Incompatible
+from agent.ota import child
+from agent.ota.child import Limits
+from agent.ota.errors import GoldenMismatch, ResourceLimit
+from tests import models
+from tests.agent.ota.world import make_artifact
+
+pytestmark = pytest.mark.system
+LIMITS = Limits(memory_bytes=768 * 1024 * 1024, cpu_s=3, wall_s=20.0)
+WINDOW = helper.make_tensor_value_info("window", TensorProto.FLOAT, [None, models.LENGTH, models.CHANNELS])
+PROBABILITY = helper.make_tensor_value_info("probability", TensorProto.FLOAT, [None, models.CLASSES])
+
+
+def tried(folder: Path, *, limit_s: float = 5.0) -> dict[str, Any]:
+    return child.run("agent.ota.trial", {"folder": str(folder), "limit_s": limit_s}, LIMITS)
+
+
+def test_a_good_candidate_passes_and_is_measured(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
+    answer = tried(tmp_path / "a")
+    assert answer["ok"]
+    assert answer["golden_rows"] == 4
+    assert 0.0 < answer["p50_us"] < 1e5
+    assert 10**7 < answer["peak_rss_bytes"] < 10**9
+
+
+def test_a_floor_passes_without_a_model(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a", name="wrist-floor", golden=False)
+    document = {"kind": "floor", "floor_outputs": {"probability": [0.25] * models.CLASSES}}
+    make_artifact(tmp_path / "floor", name="wrist-floor", golden=False, **document)
+    assert tried(tmp_path / "floor")["ok"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"wrong": 0.01}, GoldenMismatch),
+        ({"golden": False}, GoldenMismatch),
+        ({"inputs": [Input(name="window", datatype="FP32", shape=[-1, 9, models.CHANNELS])]}, Incompatible),
+        ({"inputs": [Input(name="frame", datatype="FP32", shape=[-1, models.LENGTH, 3])]}, Incompatible),
+        ({"inputs": [Input(name="window", datatype="INT8", shape=[-1, models.LENGTH, 3])]}, Incompatible),
+        ({"proto": models.classifier(view=False)}, Incompatible),
+        ({"proto": models.classifier(trouble="raise"), "shift": 200.0}, EngineFailed),
+        ({"proto": models.classifier(trouble="nan"), "shift": 200.0}, GoldenMismatch),
+    ],
+)
+def test_a_candidate_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, fields: dict[str, Any], error: type[EdgewardenError]
+) -> None:
+    make_artifact(tmp_path / "a", **fields)
+    with pytest.raises(error):
+        tried(tmp_path / "a")
+
+
+def test_a_loop_without_end_is_ended(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a", proto=models.classifier(trouble="slow"), shift=200.0)
+    with pytest.raises(ResourceLimit):
+        tried(tmp_path / "a", limit_s=0.5)
+
+
+def _with_ballast(node: onnx.NodeProto, shape: list[int], then: list[onnx.NodeProto]) -> onnx.ModelProto:
+    """A model that makes a huge constant, works on it and returns nothing of it but one number."""
+    nodes = [
+        node,
+        *then,
+        helper.make_node("ReduceMax", ["end"], ["most"], keepdims=0),
+        helper.make_node("ReduceMean", ["window"], ["few"], axes=[1], keepdims=0),
+        helper.make_node("Add", ["few", "most"], ["ew_view_channels"]),
+        helper.make_node("Concat", ["ew_view_channels", "one"], ["probability"], axis=1),
+        helper.make_node("Slice", ["window", "zero", "unit", "axis"], ["first"]),
+        helper.make_node("ReduceMax", ["first"], ["one"], axes=[2], keepdims=0),
+    ]
+    nodes = [*nodes[:-3], nodes[-2], nodes[-1], nodes[-3]]
+    view = helper.make_tensor_value_info("ew_view_channels", TensorProto.FLOAT, [None, models.CHANNELS])
+    weights = [
+        helper.make_tensor("shape", TensorProto.INT64, [len(shape)], shape),
+        helper.make_tensor("zero", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("unit", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("axis", TensorProto.INT64, [1], [1]),
+    ]
+    return models.model(nodes, [WINDOW], [PROBABILITY, view], weights)
+
+
+def test_a_memory_hog_of_a_few_bytes_is_refused(tmp_path: Path) -> None:
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
+    node = helper.make_node("ConstantOfShape", ["shape"], ["huge"], value=value)
+    proto = _with_ballast(node, [2**30], [helper.make_node("Abs", ["huge"], ["end"])])
+    assert len(proto.SerializeToString()) < 2000
+    make_artifact(tmp_path / "a", proto=proto)
+    with pytest.raises(ResourceLimit):
+        tried(tmp_path / "a")
+
+
+def test_a_processor_hog_that_cannot_be_stopped_is_killed(tmp_path: Path) -> None:
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1], [1e-9])
+    node = helper.make_node("ConstantOfShape", ["shape"], ["m0"], value=value)
+    chain = [helper.make_node("MatMul", [f"m{n}", f"m{n}"], [f"m{n + 1}"]) for n in range(40)]
+    proto = _with_ballast(node, [3000, 3000], [*chain, helper.make_node("Abs", ["m40"], ["end"])])
+    make_artifact(tmp_path / "a", proto=proto)
+    with pytest.raises(ResourceLimit):
+        tried(tmp_path / "a")
+
+
+def test_a_folder_that_was_touched_is_corrupt(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
+    (tmp_path / "a" / "model.onnx").write_bytes(b"nonsense")
+    with pytest.raises(Corrupt):
+        tried(tmp_path / "a")
+
+
+def test_bytes_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a", proto=onnx.ModelProto())
+    with pytest.raises(ArtifactError):
+        tried(tmp_path / "a")
