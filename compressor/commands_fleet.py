@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,15 +119,13 @@ def _show(options: argparse.Namespace, document: Any, text: str) -> int:
     return 0
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, empty: str) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str) -> str:
     if not rows:
         return empty
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
-    return "\n".join(lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    )
 
 
 # --- device ----------------------------------------------------------------------------------------------------
@@ -163,9 +161,9 @@ def _device_show(options: argparse.Namespace) -> int:
             **asdict(view), "birth": row.birth, "reported_document": row.reported, "vitals": row.vitals,
             "events": events, "refusals": views.refusals_view(tx, row.id),
         }  # fmt: skip
+    because = f" ({view.presence_reason})" if view.presence_reason else ""
     lines = [
-        f"{view.id}: {view.presence}{f' ({view.presence_reason})' if view.presence_reason else ''}, "
-        f"cohort {view.cohort or 'none'}, last seen {view.last_seen} UTC",
+        f"{view.id}: {view.presence}{because}, cohort {view.cohort or 'none'}, last seen {view.last_seen} UTC",
         *(f"  {s.name}: {s.model} answers, {s.health}. {s.reason}" for s in view.services),
         f"  desired {view.desired or '-'}, reported {view.seen or '-'}: {view.update} {view.update_code}".rstrip(),
         *(f"  {event['at']} {event['severity']} {event['kind']}: {event['text']}" for event in events),
@@ -222,7 +220,8 @@ def _drift_show(options: argparse.Namespace) -> int:
     lines = [
         f"Decision {decision['id']}: {decision['kind']} (row '{decision['row']}' of the table)",
         f"  {decision['reason']}.",
-        f"  cohort {decision['cohort']}, service {decision['service']}, devices {', '.join(decision['devices']) or 'none'}",
+        f"  cohort {decision['cohort']}, service {decision['service']}",
+        f"  devices {', '.join(decision['devices']) or 'none'}",
         f"  since {decision['at']}, last looked at {decision['last_at']} UTC",
         *(f"  {name:<24} {value}" for name, value in decision["numbers"].items()),
     ]

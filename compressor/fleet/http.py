@@ -243,8 +243,8 @@ class Enrolment(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
     token: str = Field(min_length=16, max_length=128)
-    device: str = Field(pattern=IDENTIFIER.pattern + r"\Z")
-    public_key: str = Field(default="", pattern=r"^([0-9a-f]{64})?\Z")  # Ed25519, for signed reports
+    device: str = Field(pattern=f"^{IDENTIFIER.pattern}$")
+    public_key: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")  # Ed25519, for signed reports
 
 
 async def _enrol(doors: Doors, request: Request) -> Response:

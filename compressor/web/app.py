@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -182,65 +182,75 @@ class Page:
         return {"decision": {"decision": views.decision_view(row)}}
 
 
-def make_app(operator: Operator) -> Starlette:
-    """The page's application."""
-    page = Page(operator)
-    streams: set[object] = set()
+class Site:
+    """The routes."""
 
-    def shown(name: str) -> Callable[[Request], Any]:
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
+        self._page = Page(operator)
+        self._streams: set[object] = set()
+
+    def shown(self, name: str) -> Callable[[Request], Awaitable[Response]]:
+        """A handler for one kind of page."""
+
         async def show(request: Request) -> Response:
             key = str(request.path_params.get("key", ""))
             try:
-                return HTMLResponse(await run_in_threadpool(page.whole, name, key))
+                return HTMLResponse(await run_in_threadpool(self._page.whole, name, key))
             except KeyError:
                 raise HTTPException(404, f"nothing is known of '{key[:60]}'") from None
 
         return show
 
-    async def live(request: Request) -> Response:
-        if len(streams) >= MAX_STREAMS:
+    async def live(self, request: Request) -> Response:
+        if len(self._streams) >= MAX_STREAMS:
             raise HTTPException(503, "too many pages are open")
         name, key = request.query_params.get("page", ""), request.query_params.get("key", "")
         try:
-            await run_in_threadpool(page.parts, name, key)
+            await run_in_threadpool(self._page.parts, name, key)
         except KeyError:
             raise HTTPException(404, "no such page") from None
-        return StreamingResponse(_stream(operator, page, name, key, streams), media_type="text/event-stream")
+        stream = _stream(self._operator, self._page, name, key, self._streams)
+        return StreamingResponse(stream, media_type="text/event-stream")
 
-    async def asset(request: Request) -> Response:
+    async def asset(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name not in ASSETS:
             raise HTTPException(404, "no such file")
         return Response((HERE / "static" / name).read_bytes(), media_type=ASSETS[name])
 
-    async def hold(request: Request) -> Response:
-        form = await _permitted(operator, request)
-        await run_in_threadpool(lambda: operator.hold(held=form.get("held") == "yes"))
+    async def hold(self, request: Request) -> Response:
+        form = await _permitted(self._operator, request)
+        await run_in_threadpool(lambda: self._operator.hold(held=form.get("held") == "yes"))
         return RedirectResponse("/", status_code=303)
 
-    async def halt(request: Request) -> Response:
-        await _permitted(operator, request)
-        if not await run_in_threadpool(operator.halt, int(request.path_params["number"])):
+    async def halt(self, request: Request) -> Response:
+        await _permitted(self._operator, request)
+        if not await run_in_threadpool(self._operator.halt, int(request.path_params["number"])):
             raise HTTPException(404, "no such rollout")
         return RedirectResponse("/", status_code=303)
 
-    async def refused(_request: Request, error: Exception) -> Response:
+    async def refused(self, _request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         text = error.detail if isinstance(error, HTTPException) else str(error)
-        return HTMLResponse(page.refusal(status, text), status_code=status)
+        return HTMLResponse(self._page.refusal(status, text), status_code=status)
 
+
+def make_app(operator: Operator) -> Starlette:
+    """The page's application."""
+    site = Site(operator)
     app = Starlette(
         routes=[
-            Route("/", shown("fleet")),
-            Route("/devices/{key}", shown("device")),
-            Route("/drift", shown("drift")),
-            Route("/drift/{key}", shown("decision")),
-            Route("/live", live),
-            Route("/static/{name}", asset),
-            Route("/hold", hold, methods=["POST"]),
-            Route("/rollouts/{number:int}/halt", halt, methods=["POST"]),
+            Route("/", site.shown("fleet")),
+            Route("/devices/{key}", site.shown("device")),
+            Route("/drift", site.shown("drift")),
+            Route("/drift/{key}", site.shown("decision")),
+            Route("/live", site.live),
+            Route("/static/{name}", site.asset),
+            Route("/hold", site.hold, methods=["POST"]),
+            Route("/rollouts/{number:int}/halt", site.halt, methods=["POST"]),
         ],
-        exception_handlers={HTTPException: refused, EdgewardenError: refused},
+        exception_handlers={HTTPException: site.refused, EdgewardenError: site.refused},
     )
     app.add_middleware(Guard)
     return app

@@ -117,7 +117,8 @@ def _services(row: Row[Any], catalogue: Catalogue) -> list[ServiceView]:
         found.append(ServiceView(
             name=str(name), active=active, model=_model(active, version, artifacts, catalogue),
             preferred=active == str(about.get("preferred", active)),
-            health=str(health.get(name) or about.get("health") or "unknown"), reason=str(about.get("reason", ""))[:300],
+            health=str(health.get(name) or about.get("health") or "unknown"),
+            reason=str(about.get("reason", ""))[:300],
         ))  # fmt: skip
     return found
 
