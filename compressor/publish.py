@@ -110,7 +110,7 @@ class Repository:
         """
         repository = cls(folder, keys)
         with repository._locked():
-            if repository._path("timestamp").exists():  # written last: before it there is no repository
+            if cls.exists(folder):
                 raise ConfigError(f"{folder} is a repository already")
             state = _State(Metadata(Root(consistent_snapshot=True)), Metadata(Targets()), {})
             for role, names in {"root": ROOTS, "targets": ("targets",)}.items():
@@ -126,6 +126,11 @@ class Repository:
             repository._put_document(state, DIRECTOR_KEYS, {"keys": director})
             repository._commit(state, _now(now_s), new=True)
         return repository
+
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether a repository was made there: its timestamp is written last."""
+        return (folder / METADATA / "timestamp.json").exists()
 
     # --- what changes it ------------------------------------------------------------------------------------
     def publish(self, folders: Sequence[Path], *, now_s: float | None = None) -> list[str]:
@@ -226,7 +231,9 @@ class Repository:
         """The newest root metadata: what a device embeds. Raises: ConfigError."""
         version = self._newest_root()
         if not version:
-            raise ConfigError(f"{self.folder} is no repository", hint="Run `edgewarden-compressor publish --init`.")
+            raise ConfigError(
+                f"{self.folder} is no repository", hint="Run `edgewarden-compressor publish` with --policy first."
+            )
         return self._path(f"{version}.root").read_bytes()
 
     def published(self) -> list[Published]:
@@ -324,7 +331,7 @@ class Repository:
         if role is None:
             raise ConfigError(
                 f"the repository knows no family '{family}' (artifact '{manifest.name}')",
-                hint="Add it with `edgewarden-compressor publish --init --family NAME`.",
+                hint="Give it keys and a policy first (`Repository.set_policy`).",
             )
         path = manifest_path(family, artifact.digest)
         if path in role.signed.targets:

@@ -8,6 +8,9 @@ time is an argument.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -112,13 +115,32 @@ def consult(request: Request) -> Answer:
     until_s = clock.monotonic_s() + request.timeout_s
     make_folder(Path(request.folder))
     try:
-        client = _Client(request, until_s)
-        client.refresh()
-        return client.answer()
+        with _alone(Path(request.folder), until_s):
+            client = _Client(request, until_s)
+            client.refresh()
+            return client.answer()
     except (RepositoryError, DownloadError) as error:
         _translate(error, request.repository)
     except OSError as error:
         raise storage_error(error, Path(request.folder)) from None
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, until_s: float) -> Iterator[None]:
+    """One child at a time on TUF's cache: one whose agent was killed may still be at work."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if clock.monotonic_s() > until_s:
+                    raise Unavailable("another refresh of the repository does not end") from None
+                clock.sleep(0.05)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:

@@ -242,6 +242,15 @@ def test_any_damage_in_the_cache_heals(world: World, server: Server) -> None:
     assert set(ask(world, server.url, manifests=(digest,)).manifests) == {digest}
 
 
+def test_one_refresh_at_a_time_and_none_waits_for_ever(world: World, server: Server) -> None:
+    ask(world, server.url)
+    with trust._alone(world.folder / "trust" / "metadata", 0.0):
+        impatient = Authority(world.folder / "trust", world.root, timeout_s=0.1, limits=LIMITS)
+        with pytest.raises(Unavailable, match="does not end"):
+            impatient.consult(server.url, wall_s=NOW_S)
+    ask(world, server.url)
+
+
 def test_a_missing_root_is_said(world: World, server: Server) -> None:
     world.root.unlink()
     with pytest.raises(StateUnreadable, match="embedded root"):
