@@ -33,6 +33,7 @@ from agent.decisions.events import (
     AlarmCleared,
     AlarmKind,
     AlarmRaised,
+    DriftPersists,
     EngineFailed,
     EngineServed,
     Event,
@@ -46,6 +47,9 @@ from agent.sketch import DEFAULT_RELATIVE_ERROR, LogSketch
 Records = NDArray[Any]
 """One-dimensional array of dtype `observation.RECORD`."""
 
+PERSISTED_ROWS: Final = 64
+"""A drift that lasts so long is said once more, with who is to blame: what a host may plan from (drift-wrist.md
+section 4: what is open for 64 windows without harm is a lasting change, not a passing one)."""
 DRIFT_ROWS_PER_S: Final = 4000.0
 """Rows the regime monitor follows at most, about a fifth of a core (45 us a row, drift-wrist.md section 6). Above it
 every k-th row is followed and the others are counted as thinned; guards and drift windows still see every row."""
@@ -267,6 +271,16 @@ class Monitor:
             finding = self._regimes.update(row, predicted)
             if finding:
                 yield self._alarm(finding)
+            elif self._regimes.raised_rows == PERSISTED_ROWS:
+                yield self._persisting(self._regimes)
+
+    def _persisting(self, regimes: RegimeMonitor) -> Event:
+        open_guards = tuple(f"{kind}:{name}" for kind, names in self._guards.statistics().items() for name in names)
+        blame = regimes.blame()
+        channels = tuple(sorted(blame, key=lambda name: -blame[name]))
+        return DriftPersists(
+            self._plan.service, PERSISTED_ROWS, channels, open_guards, regimes.single_channel(), self._digest
+        )
 
     def _follow(self, viewed: Records) -> slice:
         """Which rows the regime monitor sees; a credit that grows with the arrival times pays for them."""

@@ -57,6 +57,20 @@ class AlarmCleared:
 
 
 @dataclass(frozen=True, slots=True)
+class DriftPersists:
+    """An open drift alarm has lasted `windows` windows. `guards`: what else is wrong, as "dead:gx". `single_channel`:
+    the one channel that carries it, "" when it is several or nobody's fault. `reference`: its digest.
+    """
+
+    service: str
+    windows: int
+    channels: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
+    single_channel: str = ""
+    reference: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EngineFailed:
     """Requests of `service` that `engine` could not answer since the last such event."""
 
@@ -124,6 +138,7 @@ Event = (
     | Pinned
     | Unpinned
     | AgentStarted
+    | DriftPersists
 )
 
 
@@ -178,7 +193,7 @@ _EVENTS = {
     kind.__name__: kind
     for kind in (
         AlarmRaised, AlarmCleared, EngineFailed, EngineServed, WorkerReady, WorkerLost, Tick, Pinned, Unpinned,
-        AgentStarted,
+        AgentStarted, DriftPersists,
     )
 }  # fmt: skip
 
@@ -194,6 +209,8 @@ def decode_event(document: dict[str, Any]) -> Event:
     kind = _EVENTS[fields.pop("type")]
     if "channels" in fields:
         fields["channels"] = tuple(fields["channels"])
+    if "guards" in fields:
+        fields["guards"] = tuple(fields["guards"])
     if "kind" in fields:
         fields["kind"] = AlarmKind(fields["kind"])
     if "level" in fields:

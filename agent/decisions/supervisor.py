@@ -33,6 +33,7 @@ from agent.decisions.events import (
     AlarmKind,
     AlarmRaised,
     Command,
+    DriftPersists,
     EngineFailed,
     EngineServed,
     Event,
@@ -157,13 +158,17 @@ class Supervisor:
                 return self._absorb_one(event, now_s), (event.service,)
 
     def _absorb_one(
-        self, event: AlarmRaised | AlarmCleared | EngineFailed | EngineServed | Pinned | Unpinned, now_s: float
+        self,
+        event: AlarmRaised | AlarmCleared | DriftPersists | EngineFailed | EngineServed | Pinned | Unpinned,
+        now_s: float,
     ) -> list[Command]:
         match event:
             case AlarmRaised():
                 return self._alarm_raised(event, now_s)
             case AlarmCleared():
                 return self._alarm_cleared(event, now_s)
+            case DriftPersists():
+                return [_persisting(event)]
             case EngineFailed():
                 return self._engine_failed(event, now_s)
             case EngineServed():
@@ -396,3 +401,22 @@ def _counted(
 
 def _engine_details(event: EngineFailed) -> dict[str, Any]:
     return {"engine": event.engine, "code": event.code, "text": event.text}
+
+
+def _persisting(event: DriftPersists) -> Publish:
+    """What the host plans from: how long, and whether it looks like a broken sensor or like a new world."""
+    what = f"mostly in {event.single_channel}" if event.single_channel else "in no single channel"
+    beside = f", beside {', '.join(event.guards)}" if event.guards else ""
+    details: dict[str, Any] = {
+        "raised": True,
+        "alarm": AlarmKind.DRIFT.value,
+        "level": Level.DRIFT.value,
+        "persisted_windows": event.windows,
+        "guards": list(event.guards),
+        "single_channel": bool(event.single_channel),
+        "reference": event.reference,
+    }
+    return Publish(
+        "warning", "drift", f"the drift has lasted {event.windows} windows, {what}{beside}", event.service,
+        event.channels, {"persisted_windows": float(event.windows)}, details,
+    )  # fmt: skip

@@ -10,7 +10,16 @@ import pytest
 
 from agent.contract.messages import DriftWindow, LatencySketch
 from agent.decisions.budget import LatencyBudget
-from agent.decisions.events import AlarmCleared, AlarmKind, AlarmRaised, EngineFailed, EngineServed, Event, Level
+from agent.decisions.events import (
+    AlarmCleared,
+    AlarmKind,
+    AlarmRaised,
+    DriftPersists,
+    EngineFailed,
+    EngineServed,
+    Event,
+    Level,
+)
 from agent.drift import MomentWindow, Reference
 from agent.drift.counters import CLEAR_ROWS
 from agent.monitor import DRIFT_ROWS_AT_ONCE, DRIFT_ROWS_PER_S, DeviceMonitor, Monitor, MonitorPlan
@@ -248,6 +257,19 @@ def test_known_regimes_are_quiet_and_a_broken_channel_is_named_with_evidence(
     json.dumps(alarm.numbers)
     cleared = alarms(watched.observe(viewed(rows.features, rows.predicted)))
     assert cleared == [AlarmCleared("wrist", AlarmKind.DRIFT, alarm.channels)]
+
+
+def test_a_drift_that_lasts_is_said_once_more_with_what_else_is_wrong(
+    stream: RegimeStream, reference: Reference
+) -> None:
+    watched = monitor(reference)
+    rows = stream.rows(20, seed=12)
+    broken = rows.features.copy()
+    broken[:, 8:12] = (0.0, -9.2, -9.2, -9.2)
+    events = watched.observe(viewed(broken, rows.predicted, dead_bits=1 << 2))
+    (persists,) = (event for event in events if isinstance(event, DriftPersists))
+    assert (persists.windows, persists.single_channel, persists.channels[0]) == (64, "gx", "gx")
+    assert (persists.guards, persists.reference) == (("dead:gx",), reference.digest())
 
 
 def test_records_without_a_view_are_not_judged_for_drift(stream: RegimeStream, reference: Reference) -> None:

@@ -13,6 +13,7 @@ from agent.decisions.events import (
     Activate,
     AgentStarted,
     AlarmKind,
+    DriftPersists,
     EngineFailed,
     EngineServed,
     Persist,
@@ -97,6 +98,18 @@ def test_drift_is_published_and_never_switches() -> None:
     assert (story.serving, story.phase, story.health) == ("wrist", "preferred", "degraded")
     assert [one.severity for one in story.published("drift")] == ["warning"]
     assert story.steps() == []
+
+
+def test_a_lasting_drift_is_published_with_what_a_host_plans_from() -> None:
+    story = Story().started()
+    story.do(raised(AlarmKind.DRIFT, "gx"))
+    story.do(DriftPersists("wrist", 64, ("gx", "ax"), ("dead:gx",), "gx", "ab" * 32))
+    said = story.published("drift")[-1]
+    assert said.details["persisted_windows"] == 64
+    assert said.details["guards"] == ["dead:gx"]
+    assert said.details["single_channel"] is True
+    assert said.details["reference"] == "ab" * 32
+    assert story.serving == "wrist"
 
 
 def test_drift_that_stays_open_does_not_keep_the_preferred_engine_away() -> None:
@@ -518,6 +531,7 @@ def test_a_restart_on_a_fallback_returns_when_the_fault_is_gone() -> None:
         Pinned("wrist", "nobody"),
         Unpinned("wrist"),
         AgentStarted(),
+        DriftPersists("wrist", 64, ("gx",), ("dead:gx",), "gx", "ab"),
         raised(DEAD, "gx", service="unknown"),
         Unpinned("unknown"),
     ],

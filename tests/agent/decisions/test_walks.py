@@ -12,6 +12,7 @@ from agent.decisions.events import (
     Activate,
     AgentStarted,
     AlarmKind,
+    DriftPersists,
     EngineFailed,
     EngineServed,
     Event,
@@ -51,6 +52,7 @@ trouble: st.SearchStrategy[Event] = st.one_of(
     st.builds(Pinned, st.just("wrist"), engines),
     st.just(Unpinned("wrist")),
     st.just(AgentStarted()),
+    st.just(DriftPersists("wrist", 64, ("gx",))),
 )
 pauses = st.sampled_from([0.0, 1.0, 20.0, 130.0, 5000.0])
 anything = st.lists(st.tuples(pauses, alarms(st.sampled_from(AlarmKind)) | latency | traffic | trouble), max_size=60)

@@ -72,6 +72,31 @@ def test_it_stays_raised_until_the_stream_has_been_back_for_a_while(stream, refe
     assert not monitor.raised
 
 
+def test_an_excursion_is_blamed_on_the_channel_that_carries_it(stream, reference: Reference) -> None:
+    monitor = RegimeMonitor(reference)
+    rows = stream.rows(20, seed=12)
+    ((at, _),) = feed(monitor, broken_gx(rows.features[:120]), rows.predicted[:120])
+    assert monitor.raised_rows == 120 - at
+    assert monitor.single_channel() == "gx"
+    assert max(monitor.blame(), key=monitor.blame().__getitem__) == "gx"
+
+
+def test_an_excursion_of_every_channel_is_nobodys_fault(stream, reference: Reference) -> None:
+    monitor = RegimeMonitor(reference)
+    rows = stream.rows(20, seed=12)
+    spread = np.sqrt(np.diag(reference.covariance))
+    feed(monitor, rows.features + 4 * spread, rows.predicted)
+    assert monitor.raised_rows > 64
+    assert monitor.single_channel() == ""
+
+
+def test_blame_ends_with_the_finding(stream, reference: Reference) -> None:
+    monitor = RegimeMonitor(reference)
+    rows = stream.rows(40, seed=15)
+    feed(monitor, np.concatenate([broken_gx(rows.features[:300]), rows.features[300:]]), rows.predicted)
+    assert (monitor.raised_rows, monitor.single_channel()) == (0, "")
+
+
 def test_a_row_that_is_not_finite_is_skipped_and_counted(reference: Reference) -> None:
     monitor = RegimeMonitor(reference)
     row = np.full(len(reference.features), np.nan)
