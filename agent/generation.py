@@ -117,7 +117,9 @@ class Generation:
         self._send(Drain())
 
     def kill(self, because: str) -> None:
-        if self._process is not None and self._process.returncode is None:
+        if self._process is None:  # not spawned yet: it will be killed as soon as it is
+            self._killed_because = self._killed_because or because
+        elif self._process.returncode is None:
             self._killed_because = self._killed_because or because
             self._process.kill()
 
@@ -163,6 +165,8 @@ class Generation:
             raise
         finally:
             theirs.close()
+        if self._killed_because:
+            self._process.kill()
         self._send(Start(self.plan))
 
     async def _listen(self) -> None:

@@ -93,6 +93,8 @@ class Generations:
             self._on_frame(generation.number, frame)
         elif generation is self._incoming:
             self._hand_over(generation, frame)
+        else:
+            generation.kill("superseded")
 
     def _hand_over(self, comer: Generation, ready: Ready) -> None:
         leaver, self._current, self._incoming = self._current, comer, None

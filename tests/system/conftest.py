@@ -19,7 +19,6 @@ from agent import clock
 from agent.asking import ask
 from agent.contract.errors import NotRunning
 from scripts.story.broker import OPERATOR, Broker
-from tests.artifacts import build_artifacts
 
 FLEET, DEVICE = "test", "bench-1"
 WAIT_S = 60.0
@@ -140,11 +139,6 @@ password_file = "{broker.password_file(DEVICE)}"
             [sys.executable, "-m", "agent", arguments[0], "--config", str(self.config), *arguments[1:]],
             capture_output=True, text=True, timeout=WAIT_S,
         )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_artifacts(tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture

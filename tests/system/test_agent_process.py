@@ -1,5 +1,7 @@
 """One agent with its worker: who loads what, what survives, how it ends."""
 
+import http.client
+import json
 import os
 import signal
 import socket
@@ -62,6 +64,22 @@ def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) 
     assert "wrist-accel" in screen
     assert "gx, gy, gz dead" in screen
     assert "estimate" in screen or "measured" in screen
+
+
+def test_metrics_and_inference_from_files_work_on_a_running_agent(agent: Agent) -> None:
+    agent.start()
+    np.save(agent.folder / "windows.npy", record(seed=9).windows[:5])
+    done = agent.command("infer", str(agent.folder / "windows.npy"), "--json")
+    assert [json.loads(line)["served_by"] for line in done.stdout.splitlines()] == ["wrist"] * 5, done.stderr
+    wait_until(lambda: agent.service()["requests"] == 1, "the observation is read")
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(agent.admin))
+    connection.request("GET", "/metrics")
+    page = connection.getresponse().read().decode()
+    connection.close()
+    assert 'edgewarden_requests_total{service="wrist",outcome="ok"} 1' in page
+    assert 'edgewarden_serving{service="wrist",engine="wrist"} 1' in page
 
 
 def test_a_failing_engine_hands_the_same_request_to_the_next(agent: Agent) -> None:

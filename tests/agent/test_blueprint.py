@@ -1,0 +1,100 @@
+import shutil
+from pathlib import Path
+
+import pytest
+
+from agent.blueprint import draw_up
+from agent.config import AgentConfig
+from agent.contract.artifact import MANIFEST, parse_manifest
+from agent.contract.errors import ArtifactError
+from agent.contract.plan import EngineKind, GuardPolicy
+from agent.decisions.events import AlarmKind
+
+
+def configure(artifacts: dict[str, Path], **changes: object) -> AgentConfig:
+    service = {
+        "name": "wrist",
+        "artifact": artifacts["wrist"],
+        "fallbacks": [artifacts["wrist-accel"]],
+        "floor": str(artifacts["wrist-floor"]),
+    }
+    return AgentConfig.model_validate({"service": [service | changes.pop("service", {})], **changes})  # type: ignore[operator]
+
+
+def damaged(folder: Path, target: Path, name: str = "model.onnx") -> Path:
+    shutil.copytree(folder, target)
+    raw = bytearray((target / name).read_bytes())
+    raw[len(raw) // 2] ^= 1
+    (target / name).write_bytes(raw)
+    return target
+
+
+def test_a_service_becomes_plan_policy_and_monitor(artifacts: dict[str, Path]) -> None:
+    (made,) = draw_up(configure(artifacts))
+    assert [plan.engine for plan in made.plan.engines] == ["wrist", "wrist-accel", "wrist-floor"]
+    assert [plan.kind for plan in made.plan.engines] == [EngineKind.ONNX, EngineKind.ONNX, EngineKind.FLOOR]
+    assert made.plan.active == made.policy.preferred == "wrist"
+    assert made.plan.engines[0].views[0].width == 24
+    assert [output.name for output in made.plan.engines[0].outputs] == ["probability"]
+    assert made.plan.guard is not None
+    assert [channel.name for channel in made.plan.guard.channels] == ["ax", "ay", "az", "gx", "gy", "gz"]
+    assert set(made.plan.guard.group_rms or {}) == {"accel", "gyro"}
+    assert made.plan.guard.not_finite is GuardPolicy.REFUSE
+    assert made.monitor.view == "channels"
+    assert made.monitor.latency_p95_us == 1e6
+    assert made.reference is not None
+    (row,) = made.policy.card.rows
+    assert (row.kind, row.accuracy["wrist-accel"] > row.accuracy["wrist"]) == (AlarmKind.DEAD, True)
+    assert made.policy.card["wrist-accel"].reads == {"ax", "ay", "az"}
+    assert made.problems == ()
+
+
+def test_the_configuration_overrides_what_the_manifest_says(artifacts: dict[str, Path]) -> None:
+    (made,) = draw_up(configure(artifacts, guard={"not_finite": "impute"}, budget={"latency_p95_us": 500.0}))
+    assert made.plan.guard is not None
+    assert made.plan.guard.not_finite is GuardPolicy.IMPUTE
+    assert made.plan.guard.channels[0].mean != 0.0
+    assert made.monitor.latency_p95_us == 500.0
+
+
+def test_a_plan_of_fewer_engines_keeps_their_order(artifacts: dict[str, Path]) -> None:
+    (made,) = draw_up(configure(artifacts))
+    plan = made.plan_of(("wrist-accel", "wrist-floor"))
+    assert [engine.engine for engine in plan.engines] == ["wrist-accel", "wrist-floor"]
+    assert plan.active == "wrist-accel"
+    assert made.plan_of(("wrist-accel", "wrist")).active == "wrist"
+
+
+def test_a_damaged_artifact_is_left_out_while_another_model_can_answer(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    bad = damaged(artifacts["wrist"], tmp_path / "bad")
+    (made,) = draw_up(configure(artifacts, service={"artifact": bad}))
+    assert made.policy.preferred == "wrist-accel"
+    assert "does not match the digest" in made.problems[0]
+
+
+def test_without_any_sound_model_the_first_fault_is_told(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    bad = damaged(artifacts["wrist"], tmp_path / "bad")
+    with pytest.raises(ArtifactError, match=r"service 'wrist' has no usable model: .*digest") as caught:
+        draw_up(configure(artifacts, service={"artifact": bad, "fallbacks": []}))
+    assert caught.value.exit_code == 4
+
+
+def test_siblings_that_do_not_fit_are_left_out(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(artifacts["wrist-accel"], other)
+    manifest = parse_manifest((other / MANIFEST).read_bytes())
+    narrower = manifest.inputs[0].model_copy(update={"shape": [-1, 64, 6]})
+    (other / MANIFEST).write_bytes(manifest.model_copy(update={"name": "narrow", "inputs": [narrower]}).encode())
+    (made,) = draw_up(configure(artifacts, service={"fallbacks": [other, artifacts["wrist"]]}))
+    assert [plan.engine for plan in made.plan.engines] == ["wrist", "wrist-floor"]
+    assert "differ from those of 'wrist'" in made.problems[0]
+    assert "is called 'wrist' too" in made.problems[1]
+
+
+def test_one_artifact_may_serve_under_two_names(artifacts: dict[str, Path]) -> None:
+    both = [{"name": name, "artifact": artifacts["wrist"]} for name in ("a", "b")]
+    made = draw_up(AgentConfig.model_validate({"service": both}))
+    assert [one.monitor.index for one in made] == [0, 1]
+    assert [one.plan.service for one in made] == ["a", "b"]

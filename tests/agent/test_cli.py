@@ -1,0 +1,167 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.cli import main
+from agent.sockets import listen_unix
+from tests.artifacts import record
+
+
+@pytest.fixture
+def config(artifacts: dict[str, Path], tmp_path: Path) -> Path:
+    file = tmp_path / "agent.toml"
+    file.write_text(
+        f"[state]\nfolder = 'state'\n[serving]\nunix = 's.sock'\n[[service]]\nname = 'wrist'\n"
+        f"artifact = '{artifacts['wrist']}'\nfloor = '{artifacts['wrist-floor']}'\n"
+    )
+    return file
+
+
+def modules_after(*arguments: str) -> set[str]:
+    """What one command has imported when it ends."""
+    program = (
+        "import sys; from agent.cli import main; main(sys.argv[1:]); print(' '.join(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_light_commands_load_neither_numpy_nor_a_validation_library(config: Path) -> None:
+    loaded = modules_after("status", "--config", str(config))
+    assert "agent.asking" in loaded
+    assert not loaded & {"numpy", "pydantic", "onnxruntime", "paho", "asyncio"}
+
+
+def test_every_value_is_shown_with_its_origin(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check-config", "--config", str(config)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("fallback.dwell_s") and line.endswith("default") for line in lines)
+    assert main(["check-config", "--config", str(config), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["serving.unix"] == {"value": str(config.parent / "s.sock"), "origin": str(config)}
+
+
+def test_a_configuration_that_is_not_there_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("run", "check-config", "status", "doctor"):
+        assert main([command, "--config", "/none/agent.toml"]) == 2
+        told = capsys.readouterr()
+        assert "No such file or directory" in told.out + told.err
+
+
+@pytest.mark.parametrize("arguments", [["status"], ["pin", "wrist", "wrist"], ["unpin", "wrist"]])
+def test_without_an_agent_one_is_told_how_to_start_it(
+    arguments: list[str], config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([arguments[0], "--config", str(config), *arguments[1:]]) == 9
+    assert "edgewarden-agent run" in capsys.readouterr().err
+
+
+def test_another_programs_socket_is_not_an_agent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import threading
+
+    with listen_unix(tmp_path / "x.sock", mode=0o600) as listener:
+        listener.settimeout(10)
+
+        def nonsense() -> None:
+            connection, _ = listener.accept()
+            connection.recv(1000)
+            connection.sendall(b"220 hello\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=nonsense)
+        thread.start()
+        assert main(["status", "--socket", str(tmp_path / "x.sock")]) == 9
+        thread.join()
+    assert "no agent answers" in capsys.readouterr().err
+
+
+def test_an_artifact_answers_files_directly(
+    artifacts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = record(seed=4)
+    np.save(tmp_path / "windows.npy", data.windows[:70])
+    assert main(["infer", "--artifact", str(artifacts["wrist"]), str(tmp_path / "windows.npy"), "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["row"] for answer in answers] == list(range(70))
+    labels = [("PEN", "ABD", "FEL", "IR", "ER", "TRAP", "ROW")[label] for label in data.labels[:70]]
+    assert [answer["label"] for answer in answers] == labels
+    assert main(["infer", "--artifact", str(artifacts["wrist-floor"]), str(tmp_path)]) == 0
+    assert "by wrist-floor" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["infer", "--artifact", "/none", "{data}"], 4, "cannot read /none/manifest.json"),
+        (["infer", "--artifact", "{artifact}", "/none.npy"], 8, "no file or folder"),
+        (["infer", "--artifact", "{artifact}", "{wrong}"], 8, "takes [-1, 128, 6]"),
+        (["infer", "--config", "{config}", "{data}"], 8, "Is the agent running?"),
+    ],
+)
+def test_what_infer_cannot_do_is_said_with_a_documented_code(
+    arguments: list[str], code: int, says: str, artifacts: dict[str, Path], config: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    np.save(tmp_path / "data.npy", record(seed=4).windows[:1])
+    np.save(tmp_path / "wrong.npy", np.zeros((3, 3)))
+    places = {
+        "data": tmp_path / "data.npy", "wrong": tmp_path / "wrong.npy",
+        "artifact": artifacts["wrist"], "config": config,
+    }  # fmt: skip
+    assert main([argument.format(**places) for argument in arguments]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_the_doctor_says_what_to_do_and_fails_with_the_codes_of_the_errors(
+    config: Path, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--config", str(config)]) == 0
+    told = capsys.readouterr().out
+    for words in ("ok    config", "wrist v1", "has no fallback model", "will be made at the first start", "all well"):
+        assert words in told
+    text = config.read_text()
+    config.write_text(text + "[link]\nenabled = true\nhost = '127.0.0.1'\nport = 1\n")
+    assert main(["doctor", "--config", str(config), "--json"]) == 5
+    broker = next(one for one in json.loads(capsys.readouterr().out) if one["check"] == "broker")
+    assert broker["verdict"] == "fail"
+    assert "outbox" in broker["advice"]
+    config.write_text(text.replace(str(artifacts["wrist"]), str(config.parent)))
+    assert main(["doctor", "--config", str(config)]) == 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"], ["status", "--watch", "0"], ["pin", "wrist"]])
+def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = capsys.readouterr().out
+    assert "exit codes" in told
+    assert "another agent holds the state folder" in told
+
+
+def test_an_interrupt_exits_130(config: Path) -> None:
+    program = """
+import os, signal, sys
+from agent import cli
+def ask(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    return {}
+cli.ask = ask
+sys.exit(cli.main(["status", "--config", sys.argv[1]]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(config)], capture_output=True, text=True, env=os.environ
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,130 @@
+"""The agent's side of real worker processes."""
+
+import asyncio
+import os
+import socket
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from agent.client import Client
+from agent.contract.plan import FromWorker, Ready, ServicePlan
+from agent.generation import Patience, Phase
+from agent.generations import Generations
+from agent.intake import Intake
+from tests.models import engine_plan, floor_plan, service_plan, window
+
+pytestmark = pytest.mark.system
+
+
+class Stage:
+    """A listening socket, an intake and the generations on them; notes what is heard."""
+
+    def __init__(self, folder: Path, patience: Patience | None = None) -> None:
+        self.path = folder / "serve.sock"
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.path))
+        self.listener.listen(64)
+        self.listener.settimeout(0.0)
+        self.service: ServicePlan = service_plan(engine_plan(folder / "models", "wrist"), floor_plan())
+        self.intake = Intake([("wrist", "wrist-floor")])
+        self.frames: list[tuple[int, FromWorker]] = []
+        self.lost: list[tuple[int, str]] = []
+        self.generations = Generations(
+            [self.listener], self.intake, patience or Patience(ping_s=0.05), os.environ, first_number=1,
+            on_frame=lambda number, frame: self.frames.append((number, frame)),
+            on_lost=lambda number, reason: self.lost.append((number, reason)),
+        )  # fmt: skip
+
+    def start(self) -> int:
+        return self.generations.start((self.service,), max_body_bytes=1 << 20, stuck_after_s=5.0)
+
+    async def until(self, true: Callable[[], object]) -> None:
+        async with asyncio.timeout(60):
+            while not true():
+                self.generations.tend()
+                await asyncio.sleep(0.05)
+
+    async def serving(self, number: int) -> None:
+        current = self.generations
+        await self.until(lambda: current.current and current.current.number == number)
+
+    async def ask(self) -> str:
+        def infer() -> str:
+            with Client(f"unix:{self.path}", retry_once=True) as client:
+                return client.infer("wrist", {"window": window()}).served_by
+
+        return await asyncio.to_thread(infer)
+
+
+def play(story: Callable[[Stage], Awaitable[None]], patience: Patience | None = None) -> None:
+    async def run(folder: Path) -> None:
+        stage = Stage(folder, patience)
+        try:
+            await story(stage)
+        finally:
+            await stage.generations.stop()
+            stage.intake.close_all()
+            stage.listener.close()
+
+    with tempfile.TemporaryDirectory(prefix="ew-") as folder:
+        asyncio.run(run(Path(folder)))
+
+
+def test_a_new_generation_takes_over_and_the_old_one_drains() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        assert await stage.ask() == "wrist"
+        stage.generations.prefer("wrist", "wrist-floor", "a test")
+        await stage.until(lambda: len(stage.frames) == 2)
+        assert await stage.ask() == "wrist-floor"
+        stage.start()
+        await stage.serving(2)
+        await stage.until(lambda: stage.intake.statistics()["rings"] == 2)
+        assert await stage.ask() == "wrist"
+        await stage.until(lambda: len(stage.generations._tasks) == 1)
+        assert stage.lost == []
+        assert [type(frame) for _, frame in stage.frames if isinstance(frame, Ready)] == [Ready, Ready]
+        assert len(stage.intake.read()[0]) == 3
+
+    play(story)
+
+
+def test_a_killed_worker_is_told_once_with_its_signal() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        assert stage.generations.current is not None
+        os.kill(stage.generations.current.pid, 9)
+        await stage.until(lambda: stage.lost)
+        assert stage.lost == [(1, "killed by signal 9 (SIGKILL)")]
+        assert stage.generations.current is None
+
+    play(story)
+
+
+def test_one_that_does_not_start_in_time_is_killed() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.until(lambda: stage.lost)
+        assert stage.lost == [(1, "did not start within 0 s")]
+
+    play(story, Patience(start_s=0.0, ping_s=0.05))
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.02])  # before and after the first is spawned
+def test_a_later_start_replaces_one_that_is_still_coming(pause_s: float) -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await asyncio.sleep(pause_s)
+        stage.start()
+        await stage.serving(2)
+        await stage.until(lambda: len(stage.generations._tasks) == 1)
+        assert stage.lost == []
+        assert stage.generations.current is not None
+        assert stage.generations.current.phase is Phase.SERVING
+
+    play(story)

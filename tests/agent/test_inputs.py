@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.contract.errors import InvalidRequest
+from agent.inputs import Wanted, find_files, read_inputs, rows
+
+WINDOW = Wanted("window", "FP32", (-1, 4, 2))
+
+
+def test_arrays_get_their_row_axis_and_datatype(tmp_path: Path) -> None:
+    np.save(tmp_path / "many.npy", np.ones((3, 4, 2)))
+    np.save(tmp_path / "one.npy", np.ones((4, 2)))
+    np.savez(tmp_path / "named.npz", window=np.ones((2, 4, 2)), other=np.zeros(1))
+    for name, count in (("many.npy", 3), ("one.npy", 1), ("named.npz", 2)):
+        array = read_inputs(tmp_path / name, [WINDOW])["window"]
+        assert (array.shape, array.dtype) == ((count, 4, 2), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("a,b\n1,2\n3,4\n5,6\n7,8\n", 1),
+        ("1,2\n3,4\n5,6\n7,8\n\n1,2\n3,4\n5,6\n7,8\n", 2),
+        ("1,2,3,4,5,6,7,8\n", 1),
+    ],
+)
+def test_lines_of_samples_or_flattened_rows_are_cut_into_windows(tmp_path: Path, text: str, count: int) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    array = read_inputs(tmp_path / "x.csv", [WINDOW])["window"]
+    assert array.shape == (count, 4, 2)
+    assert array[0].ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv", b"1,2\n3,4\n", "takes \\[-1, 4, 2\\]"),
+        ("x.csv", b"1,2\n3\n", "different numbers of columns"),
+        ("x.csv", b"1,2\nx,y\n", "could not convert"),
+        ("x.csv", b"", "different numbers of columns"),
+        ("x.npy", b"not an array", "cannot read"),
+        ("x.npz", b"PK not an archive", "cannot read"),
+        ("x.npy", b"", "cannot read"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_shapes(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidRequest, match=says):
+        read_inputs(tmp_path / name, [WINDOW])
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(InvalidRequest, match="pickle"):
+        read_inputs(tmp_path / "x.npy", [WINDOW])
+
+
+def test_a_missing_input_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", windw=np.ones((4, 2)))
+    with pytest.raises(InvalidRequest, match="holds windw, the model takes window"):
+        read_inputs(tmp_path / "x.npz", [WINDOW])
+    np.save(tmp_path / "x.npy", np.ones((4, 2)))
+    with pytest.raises(InvalidRequest, match="takes 2 inputs"):
+        read_inputs(tmp_path / "x.npy", [WINDOW, WINDOW])
+
+
+def test_folders_give_their_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.npy", "a.csv", "note.txt"):
+        (tmp_path / name).write_text("")
+    assert [file.name for file in find_files([tmp_path])] == ["a.csv", "b.npy"]
+    with pytest.raises(InvalidRequest, match="no file or folder"):
+        find_files([tmp_path / "none"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidRequest, match="no input in"):
+        find_files([tmp_path / "empty"])
+
+
+def test_long_inputs_are_sent_in_pieces() -> None:
+    pieces = list(rows({"x": np.arange(5), "y": np.arange(5)}, 2))
+    assert [len(piece["x"]) for piece in pieces] == [2, 2, 1]
+    assert pieces[2]["y"].tolist() == [4]

@@ -1,0 +1,73 @@
+import numpy as np
+import pytest
+
+from agent.contract.plan import WorkerPlan
+from agent.intake import Intake
+from agent.observation import NO_ENGINE, Observation, RingWriter
+from tests.models import engine_plan, floor_plan, service_plan
+
+LINEUP = ("wrist", "wrist-accel", "wrist-floor")
+
+
+@pytest.fixture
+def plans(tmp_path):
+    engines = {name: engine_plan(tmp_path, name) for name in LINEUP[:2]} | {"wrist-floor": floor_plan()}
+
+    def make(generation, names):
+        return WorkerPlan(generation, (service_plan(*(engines[name] for name in names)),))
+
+    return make
+
+
+def test_overlapping_generations_are_numbered_in_one_sequence(plans) -> None:
+    intake = Intake([LINEUP], slots=16)
+    old, new = RingWriter(intake.open(plans(1, LINEUP))), RingWriter(intake.open(plans(2, LINEUP)))
+    for writer in (old, new, old):
+        writer.write(Observation(arrival_ns=1, engine=0, first_engine=0))
+    records, gaps = intake.read()
+    assert records["sequence"].tolist() == [0, 1, 2]
+    assert gaps == 0
+    new.write(Observation(arrival_ns=2))
+    assert intake.statistics() == {"read": 3, "gaps": 0, "behind": 1, "rings": 2}
+    assert intake.read()[0]["sequence"].tolist() == [3]
+    for writer in (old, new):
+        writer.close()
+    intake.close_all()
+
+
+def test_a_lineup_with_an_engine_left_out_keeps_the_configured_numbers(plans) -> None:
+    intake = Intake([LINEUP], slots=16)
+    writer = RingWriter(intake.open(plans(1, ("wrist-accel", "wrist-floor"))))
+    writer.write(Observation(arrival_ns=1, engine=0, first_engine=0))
+    writer.write(Observation(arrival_ns=1, engine=1, first_engine=0))
+    writer.write(Observation(arrival_ns=1, engine=NO_ENGINE, first_engine=NO_ENGINE))
+    records, _ = intake.read()
+    assert records["engine"].tolist() == [1, 2, NO_ENGINE]
+    assert records["first_engine"].tolist() == [1, 1, NO_ENGINE]
+    writer.close()
+    intake.close_all()
+
+
+def test_what_an_ended_worker_left_is_read_before_its_ring_goes(plans) -> None:
+    intake = Intake([LINEUP], slots=16)
+    writer = RingWriter(intake.open(plans(1, LINEUP)))
+    writer.write(Observation(arrival_ns=1))
+    writer.close()
+    intake.close(1)
+    assert len(intake.read()[0]) == 1
+    assert len(intake.read()[0]) == 0
+    assert intake.statistics()["rings"] == 0
+
+
+def test_overwritten_observations_are_counted_once(plans) -> None:
+    intake = Intake([LINEUP], slots=4)
+    writer = RingWriter(intake.open(plans(1, LINEUP)))
+    for _ in range(10):
+        writer.write(Observation(arrival_ns=1))
+    records, gaps = intake.read()
+    assert (len(records), gaps) == (4, 6)
+    assert intake.read()[1] == 0
+    assert intake.statistics()["gaps"] == 6
+    assert np.all(np.diff(records["sequence"]) == 1)
+    writer.close()
+    intake.close_all()

@@ -1,0 +1,88 @@
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from agent.contract.messages import Event, Telemetry
+from agent.contract.topics import Topics
+from agent.decisions.events import Publish
+from agent.journal import Journal, text_style
+from agent.link import Link
+from agent.outbox import Outbox
+from agent.reporter import Reporter, add_up
+from agent.sensors.device import describe
+from agent.session import Broker, Will
+from agent.store import Store
+
+TOPICS = Topics("f", "d")
+
+
+@pytest.fixture
+def store(tmp_path: Path):
+    store = Store(tmp_path, outbox_bytes=1 << 20)
+    yield store
+    store.close()
+
+
+@pytest.fixture
+def outbox(store: Store) -> Outbox:
+    return Outbox(store, boot="b", max_bytes=1 << 20, max_age_s=1e6)
+
+
+@pytest.fixture
+def reporter(outbox: Outbox) -> Reporter:
+    link = Link(
+        Broker("127.0.0.1", 1, "d"), outbox, Journal(io.StringIO(), style=text_style), will=Will(TOPICS.status, b"{}")
+    )
+    return Reporter(TOPICS, outbox, link)
+
+
+def queued(outbox: Outbox):
+    return outbox.take(10, skip_ids=(), skip_topics=(), now=0.0)
+
+
+def test_an_event_is_queued_as_an_alarm_with_its_number(reporter: Reporter, outbox: Outbox) -> None:
+    said = Publish(
+        "warning", "sensor", "gx is dead", "wrist", ("gx",), {"rows": 3.0, "unknown": math.nan}, {"alarm": "dead"}
+    )
+    reporter.event(said, decision_time_s=12.5)
+    (row,) = queued(outbox)
+    assert (row.priority, row.topic) == ("A", "ew/1/f/d/ev/warning/sensor")
+    event = Event.decode(row.body)
+    assert (event.seq, event.channels, event.numbers) == (1, ["gx"], {"rows": 3.0})
+    assert event.details == {"alarm": "dead", "decision_time_s": 12.5}
+
+
+def test_plain_information_may_be_dropped_before_alarms(reporter: Reporter, outbox: Outbox) -> None:
+    reporter.event(Publish("info", "worker", "worker 1 serves"), decision_time_s=0.0)
+    assert queued(outbox)[0].priority == "B"
+
+
+def test_a_telemetry_window_adds_up_the_services(reporter: Reporter, outbox: Outbox) -> None:
+    part = {"counters": {"requests": 3}, "latency": [], "drift": []}
+    fields = add_up([("a", part), ("b", part)]) | {"gauges": {"x": None, "y": math.inf}, "health": {"a": "healthy"}}
+    reporter.telemetry(from_s=1.0, to_s=2.0, fields=fields)
+    (row,) = queued(outbox)
+    window = Telemetry.decode(row.body)
+    assert window.counters == {"a.requests": 3, "b.requests": 3}
+    assert (window.from_s, window.to_s, window.gauges, window.power) == (1.0, 2.0, {"x": None}, None)
+
+
+def test_presence_birth_and_reported_are_announced_not_queued(reporter: Reporter, outbox: Outbox) -> None:
+    reporter.presence("online", "started")
+    reporter.birth(describe(), runtime="1.0", artifacts={"wrist": "ab"})
+    reporter.reported({"wrist": {"active": "wrist", "since_s": math.nan}})
+    assert queued(outbox) == []
+    documents = {topic.rsplit("/", 1)[1]: json.loads(body) for topic, body in reporter._link._documents.items()}
+    assert documents["status"]["state"] == "online"
+    assert documents["birth"]["artifacts"] == {"wrist": "ab"}
+    assert documents["reported"]["services"] == {"wrist": {"active": "wrist"}}
+
+
+def test_without_a_link_nothing_is_queued(outbox: Outbox) -> None:
+    reporter = Reporter(TOPICS, outbox, None)
+    reporter.event(Publish("error", "worker", "lost"), decision_time_s=0.0)
+    reporter.presence("online", "started")
+    assert queued(outbox) == []

@@ -1,0 +1,15 @@
+"""What every part of the tests may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders by name: wrist, wrist-accel, wrist-floor, wrist-faulty (see tests/artifacts.py)."""
+    from tests.artifacts import build_artifacts
+
+    return build_artifacts(tmp_path_factory.mktemp("artifacts"))
