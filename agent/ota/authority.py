@@ -19,7 +19,7 @@ from agent.ota import child
 from agent.ota.errors import ClockUnknown
 from agent.ota.files import make_folder, read_document, write_document
 
-BUILT_S = 1_790_000_000.0  # 2026-09-21; no clock that is right shows less
+BUILT_S = 1_767_225_600.0  # 2026-01-01, before this was written; no clock that is right shows less
 BEHIND_S = 300.0  # a clock may lag the publisher's by this much
 AHEAD_S = 86_400.0  # and the publisher's lead ours by this much: a wrong host must not raise our floor for ever
 MARKS = "marks.json"
