@@ -5,8 +5,7 @@
     drift list|show                      what was decided, on which numbers, for which reason
     rollout list|halt                    how far updates got
 
-Printing is the command line's: every command hands its text or document to `options.out`, by default `print`
-of `compressor.cli`, whose `register` passes it in.
+`register` adds them to the parser of `compressor.cli`, which translates errors into exit codes.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,41 +25,40 @@ if TYPE_CHECKING:
     from compressor.config import HostConfig
     from compressor.fleet.database import Database
 
-Out = Callable[[str], object]
 Commands = Any  # argparse names the type of its sub-parsers privately
 TOKEN_LIFETIME_S = 24 * 3600.0
 
 
-def register(commands: Commands, *, out: Out) -> None:
-    """Add this module's commands to a parser. out: what prints."""
+def register(commands: Commands) -> None:
+    """Add this module's commands to a parser."""
     serve = commands.add_parser("serve", help="run the host: ingest, decide, regenerate, publish, roll out, show")
-    _common(serve, _serve, out, json_form=False)
-    _group(commands, "device", "the devices of the fleet", out, {
+    _common(serve, _serve, json_form=False)
+    _group(commands, "device", "the devices of the fleet", {
         "list": (_device_list, "every device: presence, health, desired and reported version", ()),
         "show": (_device_show, "one device in full", ("device",)),
         "enrol": (_device_enrol, "make a one-time token with which a device enrols itself", ("device",)),
     })  # fmt: skip
-    _group(commands, "drift", "what drift led to", out, {
+    _group(commands, "drift", "what drift led to", {
         "list": (_drift_list, "decisions, newest first", ()),
         "show": (_drift_show, "one decision with its numbers and reason", ("decision",)),
     })  # fmt: skip
-    _group(commands, "rollout", "updates on their way", out, {
+    _group(commands, "rollout", "updates on their way", {
         "list": (_rollout_list, "rollouts, newest first", ()),
         "halt": (_rollout_halt, "offer it to nobody else", ("rollout",)),
     })  # fmt: skip
 
 
-def _group(commands: Commands, name: str, text: str, out: Out, verbs: dict[str, Any]) -> None:
+def _group(commands: Commands, name: str, text: str, verbs: dict[str, Any]) -> None:
     actions = commands.add_parser(name, help=text).add_subparsers(required=True, metavar="ACTION")
     for verb, (run, explanation, arguments) in verbs.items():
         parser = actions.add_parser(verb, help=explanation)
         for argument in arguments:
             parser.add_argument(argument, metavar=argument.upper())
-        _common(parser, run, out)
+        _common(parser, run)
 
 
 def _common(
-    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], out: Out, *, json_form: bool = True
+    parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], *, json_form: bool = True
 ) -> None:
     parser.add_argument(
         "--config", type=Path, default=Path("/etc/edgewarden/compressor.toml"), metavar="FILE",
@@ -67,25 +66,25 @@ def _common(
     )  # fmt: skip
     if json_form:
         parser.add_argument("--json", action="store_true", help="print a document instead of text")
-    parser.set_defaults(run=run, out=out)
+    parser.set_defaults(run=run)
 
 
 # --- serve -----------------------------------------------------------------------------------------------------
 def _serve(options: argparse.Namespace) -> int:
     from compressor.fleet.service import Service
 
-    service = Service(_config(options), say=_speaker(options.out))
+    service = Service(_config(options), say=_speaker())
     service.run()
     return 0
 
 
-def _speaker(out: Out) -> Callable[[str, str, str], None]:
+def _speaker() -> Callable[[str, str, str], None]:
     """One line per thing worth saying: time, severity, what, sentence."""
     from agent.clock import iso, wall_s
 
     def say(severity: str, event: str, text: str) -> None:
         if severity != "debug":
-            out(f"{iso(wall_s())} {severity} {event} | {' '.join(text.split())}")
+            sys.stderr.write(f"{iso(wall_s())} {severity} {event} | {' '.join(text.split())}\n")
 
     return say
 
@@ -115,7 +114,7 @@ def _opened(options: argparse.Namespace) -> Iterator[tuple[HostConfig, Database]
 
 
 def _show(options: argparse.Namespace, document: Any, text: str) -> int:
-    options.out(json.dumps(document, indent=1, ensure_ascii=False) if options.json else text)
+    sys.stdout.write((json.dumps(document, indent=1, ensure_ascii=False) if options.json else text) + "\n")
     return 0
 
 
@@ -124,7 +123,8 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, empty: str
         return empty
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
     )
 
 
@@ -138,7 +138,7 @@ def _device_list(options: argparse.Namespace) -> int:
         devices = views.all_devices(tx, config, _catalogue(config))
     rows = [
         (d.id, d.cohort or "-", d.presence, ", ".join(f"{s.model} {s.health}" for s in d.services) or "-",
-         str(d.desired or "-"), f"{d.seen or '-'} {d.update}{f' ({d.update_code})' if d.update_code else ''}", d.last_seen)
+         str(d.desired or "-"), f"{d.seen or '-'} {d.update} {d.update_code}".rstrip(), d.last_seen)
         for d in devices
     ]  # fmt: skip
     head = ("DEVICE", "COHORT", "PRESENCE", "ANSWERS", "DESIRED", "REPORTED", "LAST SEEN (UTC)")

@@ -215,6 +215,7 @@ class Broker:
         client.connect_timeout = CONNECT_TIMEOUT_S
         client.max_inflight_messages_set(WINDOW)
         client.on_connect = self._on_connect
+        client.on_subscribe = self._on_subscribe
         client.on_disconnect = self._on_disconnect
         client.on_message = self._on_message
         client.on_publish = self._on_publish
@@ -228,16 +229,26 @@ class Broker:
             self._say("error", "link", self._error)
             self._ended.set()
             return
+        kept = "kept our session" if flags.session_present else "knew no session of ours"
+        self._say("notice", "link", f"connected to {self._address.host}:{self._address.port}, which {kept}")
         options = SubscribeOptions(qos=1, noLocal=True)
         client.subscribe([(topic, options) for topic in self._filters])
+
+    def _on_subscribe(
+        self, client: Client, _data: Any, _mid: int, reasons: list[ReasonCode], _properties: Properties | None
+    ) -> None:
+        """Only now is nothing missed: what devices say from here on reaches us."""
+        if any(reason.is_failure for reason in reasons):
+            self._error = f"the broker does not let us listen: {', '.join(map(str, reasons))}"
+            self._say("error", "link", self._error)
+            self._ended.set()
+            return
         with self._lock:
             for topic, body in self._retained.items():
                 client.publish(topic, body, qos=1, retain=True)
             self._client, self._error = client, ""
             self._counters["connects"] += 1
             self._connected.set()
-        kept = "kept our session" if flags.session_present else "knew no session of ours"
-        self._say("notice", "link", f"connected to {self._address.host}:{self._address.port}, which {kept}")
 
     def _on_disconnect(
         self, client: Client, _data: Any, _flags: DisconnectFlags, reason: ReasonCode, _properties: Properties | None

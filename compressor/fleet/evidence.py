@@ -68,6 +68,7 @@ class Standing:
     persisted_windows: int = 0
     reference: str = ""
     since: float = 0.0  # when the host first heard of what now stands
+    heard: float = 0.0  # and when it last heard of it
 
 
 @dataclass(slots=True)
@@ -119,6 +120,7 @@ def _standing(key: tuple[str, str], alarms: _Open) -> Standing:
         persisted_windows=_whole(details.get("persisted_windows")),
         reference=str(details.get("reference", ""))[:64],
         since=min(starts),
+        heard=max([*alarms.guards.values(), *([alarms.drift.received_at] if alarms.drift is not None else [])]),
     )
 
 

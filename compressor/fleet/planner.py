@@ -72,7 +72,7 @@ class Report:
     rows: int = 0
     shift: float = 0.0
     feature: str = ""
-    age_s: float = 0.0  # since the host first heard of it
+    age_s: float = 0.0  # since the host last heard of it
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def _report(tx: Connection, entry: Standing, catalogue: Catalogue, now_s: float)
         rows=shift.rows if shift is not None else 0,
         shift=shift.size if shift is not None else 0.0,
         feature=names[shift.feature] if shift is not None and shift.feature < len(names) else "",
-        age_s=max(0.0, now_s - entry.since),
+        age_s=max(0.0, now_s - entry.heard),
     )
 
 

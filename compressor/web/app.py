@@ -165,7 +165,7 @@ class Page:
             "measures": {
                 "latency": views.latency_view(tx, key),
                 "shifts": views.shift_view(tx, key, services, operator.catalogue),
-                "vitals": row.vitals or {},
+                "gauges": views.gauges_view(row.vitals or {}),
             },
             "events": {"events": views.events_view(tx, key)},
             "timeline": {"stories": views.stories(tx, device=key), "with_device": False},

@@ -117,14 +117,14 @@ def _services(row: Row[Any], catalogue: Catalogue) -> list[ServiceView]:
         found.append(ServiceView(
             name=str(name), active=active, model=_model(active, version, artifacts, catalogue),
             preferred=active == str(about.get("preferred", active)),
-            health=str(health.get(name) or about.get("health") or "unknown"),
+            health=str(about.get("health") or health.get(name) or "unknown"),
             reason=str(about.get("reason", ""))[:300],
         ))  # fmt: skip
     return found
 
 
 def _model(active: str, version: object, artifacts: Any, catalogue: Catalogue) -> str:
-    if isinstance(version, int):
+    if isinstance(version, int) or (isinstance(version, str) and version.isdecimal()):
         return f"{active} v{version}"
     digest = version if isinstance(version, str) else artifacts.get(active) if isinstance(artifacts, dict) else None
     return catalogue.label(digest) if isinstance(digest, str) and len(digest) == 64 else active
@@ -176,7 +176,15 @@ def decision_view(row: Row[Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)[:60]
+    """Grouped by thousands, four places where there are any."""
+    return f"{value:,.4f}".rstrip("0").rstrip(".") if isinstance(value, int | float) else str(value)[:60]
+
+
+def gauges_view(vitals: dict[str, Any]) -> dict[str, str]:
+    gauges = vitals.get("gauges") or {}
+    return {
+        name.replace("_", " "): "not measured" if value is None else _number(value) for name, value in gauges.items()
+    }
 
 
 def decisions_view(tx: Connection, *, limit: int = SHOWN_DECISIONS) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,8 +51,11 @@ class Device:
         self.client.username_pw_set(self.id, self.password)
         self.client.on_connect = lambda *_: self.client.subscribe(f"{self.base}/#", qos=1)
         self.client.on_message = lambda _c, _d, message: self.heard.put((message.topic, message.payload))
+        listening = threading.Event()
+        self.client.on_subscribe = lambda *_: listening.set()
         self.client.connect("127.0.0.1", self.port)
         self.client.loop_start()
+        assert listening.wait(10)
 
     @property
     def base(self) -> str:
@@ -93,9 +97,9 @@ def drift_window(*, rows: int = 128, shift: float = 1.5, reference: bytes = REFE
     """A drift window of a contract telemetry message whose first feature moved."""
     step = round(shift * 1024)
     return {
-        "service": "wrist", "view": "channels", "reference": sha256(reference), "first": 1, "last": rows, "rows": rows,
-        "clip": 4.0, "fraction_bits": 10, "sums": [rows * step, 0], "squares": [rows * step * step, rows * 100],
-        "classes": [], "counters": {},
+        "service": "wrist", "view": "channels", "reference": sha256(reference), "first": 1, "last": rows,
+        "rows": rows, "clip": 4.0, "fraction_bits": 10, "sums": [rows * step, 0],
+        "squares": [rows * step * step, rows * 100], "classes": [], "counters": {},
     }  # fmt: skip
 
 
@@ -218,4 +222,6 @@ class FakeWire:
     def command(self, topic: str, body: bytes, *, answer_to: str, expiry_s: float) -> None:
         if self.away:
             raise LinkError("no broker at the moment")
+        assert answer_to.split("/")[-2] == "res"
+        assert expiry_s > 0
         self.commands.append((topic, json.loads(body)["signed"]))

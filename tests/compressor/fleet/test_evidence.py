@@ -91,7 +91,7 @@ def test_a_drift_published_again_keeps_when_it_began_and_takes_the_newest_number
     (found,) = evidence.standing(
         [event("drift", at=1.0, persisted_windows=0), event("drift", at=9.0, persisted_windows=64)]
     )
-    assert (found.since, found.persisted_windows) == (1.0, 64)
+    assert (found.since, found.heard, found.persisted_windows) == (1.0, 9.0, 64)
 
 
 def test_guards_stand_per_channel() -> None:

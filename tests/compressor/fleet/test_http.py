@@ -78,7 +78,7 @@ def served(tmp_path: Path) -> Iterator[Served]:
     doors = Doors(
         database=database, repository=repository, uploads=tmp_path / "host" / "samples", fleet="demo",
         public_url=lambda: "http://host:1", max_samples_bytes=10 << 20,
-        shape_of=lambda service: Shape(length=128, channels=6, labels=7), on_change=lambda: changes.append(1),
+        shape_of=lambda _service: Shape(length=128, channels=6, labels=7), on_change=lambda: changes.append(1),
         clock=lambda: NOW,
     )  # fmt: skip
     server = uvicorn.Server(uvicorn.Config(device_side.make_app(doors), port=0, log_config=None, lifespan="off"))

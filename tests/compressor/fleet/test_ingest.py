@@ -18,7 +18,6 @@ from compressor.fleet.database import Database, devices, messages, timeline
 from compressor.fleet.inbox import Roster
 from compressor.fleet.ingest import Ingest
 from scripts.story.broker import OPERATOR, Broker
-
 from tests.compressor.fleet.doubles import DEVICES, FLEET, Device, wait_until
 
 pytestmark = pytest.mark.system
@@ -98,7 +97,8 @@ def test_presence_birth_reported_and_vitals_make_the_device_list(host: Host, dev
 def test_hostile_messages_are_counted_acknowledged_and_harm_nobody(host: Host, device: Maker) -> None:
     w1, w2 = device("w1"), device("w2")
     w1.send("tm", b"\x00\xff not json")
-    w1.send("ev/warning/drift", {"device": "w2", "boot": "b", "seq": 1, "at": 1.0, "severity": "info", "kind": "drift",
+    w1.send("ev/warning/drift", {"device": "w2", "boot": "b", "seq": 1, "at": 1.0, "severity": "info",
+                                 "kind": "drift",
                                  "text": "I am somebody else"})  # fmt: skip
     w1.send("tm", {"v": 9, "device": "w1", "boot": "b", "seq": 1, "at": 1.0, "from_s": 0, "to_s": 1, "counters": {}})
     w2.event(1)
@@ -166,7 +166,7 @@ def test_a_host_that_dies_before_its_commit_gets_the_messages_again(
     broker: Broker, device: Maker, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = Host(broker, folder, client_id="host-dies")
-    monkeypatch.setattr(first.ingest, "_commit", lambda batch: False)  # killed between arrival and commit
+    monkeypatch.setattr(first.ingest, "_commit", lambda _batch: False)  # killed between arrival and commit
     first.start()
     w1 = device("w1")
     w1.event(1, boot="dies")
@@ -223,7 +223,7 @@ def test_a_wrong_password_is_said_and_tried_again(broker: Broker, folder: Path) 
     host.ingest = Ingest(
         BrokerAddress("127.0.0.1", broker.port, "host-wrong", username=OPERATOR, password="no"),
         host.database,
-        Roster(fleet=FLEET, prefix="ew", known=lambda device: True),
+        Roster(fleet=FLEET, prefix="ew", known=lambda _device: True),
         on_change=lambda: None,
         say=lambda *words: host.said.append(words),
     )
@@ -239,8 +239,8 @@ def test_a_broker_that_speaks_nonsense_ends_the_session_and_nothing_else(folder:
         database = Database(folder)
         ingest = Ingest(
             BrokerAddress("127.0.0.1", server.getsockname()[1], "host-nonsense"), database,
-            Roster(fleet=FLEET, prefix="ew", known=lambda device: True),
-            on_change=lambda: None, say=lambda *words: None,
+            Roster(fleet=FLEET, prefix="ew", known=lambda _device: True),
+            on_change=lambda: None, say=lambda *_words: None,
         )  # fmt: skip
         ingest.start()
         wait_until(lambda: ingest.statistics()["error"])

@@ -18,16 +18,18 @@ import pytest
 
 from agent.contract.desired import open_command, open_desired
 from agent.contract.errors import ConfigError, StateLocked
+from agent.contract.repository import FamilyPolicy
 from agent.contract.signed import key_id
 from compressor.config import HostConfig
 from compressor.fleet.database import plans, timeline
-from compressor.fleet.service import KeyDirector, Service
+from compressor.fleet.service import Service
+from compressor.keys import KeyRing
+from compressor.publish import Repository
 from scripts.story.broker import OPERATOR, Broker
 from tests.compressor.fleet.doubles import (
     DEVICES,
     FLEET,
     Device,
-    FakePublisher,
     FakeTrainer,
     drift_window,
     recording,
@@ -42,6 +44,9 @@ Maker = Callable[[str], Device]
 def config_of(broker: Broker, folder: Path, **web: Any) -> HostConfig:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.toml").write_text("")
+    if not (folder / "keys").exists():
+        ring = KeyRing.create(folder / "keys", ["wrist"])
+        Repository.init(folder / "repository", ring, {"wrist": FamilyPolicy("auto", DEVICES)})
     return HostConfig.model_validate({
         "host": {"folder": folder},
         "link": {"host": "127.0.0.1", "port": broker.port, "username": OPERATOR,
@@ -56,19 +61,11 @@ def config_of(broker: Broker, folder: Path, **web: Any) -> HostConfig:
 
 class Host:
     def __init__(self, config: HostConfig) -> None:
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-        from agent.contract.signed import public_bytes
-
-        private = Ed25519PrivateKey.generate()
-        public = public_bytes(private)
+        public = KeyRing(Path(config.repository.keys)).public("director")
         self.director_keys = {key_id(public): public.hex()}
         self.trainer = FakeTrainer()
         self.said: list[tuple[str, str, str]] = []
-        self.service = Service(
-            config, say=lambda *words: self.said.append(words), trainer=self.trainer,
-            publisher=FakePublisher(Path(config.repository.folder)), director=KeyDirector(private),
-        )  # fmt: skip
+        self.service = Service(config, say=lambda *words: self.said.append(words), trainer=self.trainer)
         self.thread = threading.Thread(target=self.service.run, name="host")
 
     def start(self) -> None:
@@ -104,6 +101,16 @@ def upload(url: str, token: str, body: bytes) -> int:
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
     try:
         connection.request("PUT", parts.path, body=body, headers={"authorization": f"Bearer {token}"})
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def served(host: Host, path: str) -> int:
+    parts = urlsplit(host.service.public_url())
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    try:
+        connection.request("GET", path)
         return connection.getresponse().status
     finally:
         connection.close()
@@ -153,8 +160,9 @@ def test_three_new_wearers_get_their_update_without_hands(host: Host, device: Ma
     assert any("regenerate:" in text for what, text in story if what == "decision")
     assert kinds.index("decision") < kinds.index("sample") < kinds.index("job") < kinds.index("publish")
     assert host.service.statistics()["steward"]["step_failures"] == 0
-    status = upload(host.service.public_url() + "/samples/w1/none", "x", b"")
-    assert status == 401
+    assert any(text.startswith("published wrist v1, wrist-accel v1") for _, text in story)
+    assert served(host, "/repository/metadata/timestamp.json") == 200
+    assert served(host, "/repository/metadata/2.pipeline-wrist.json") == 200
 
 
 def test_two_hosts_on_one_database_are_one_too_many(host: Host, broker: Broker, folder: Path) -> None:
@@ -214,17 +222,17 @@ port = 0
 """)
     script = (
         "import argparse, sys; from compressor.commands_fleet import register;"
-        "p = argparse.ArgumentParser(); register(p.add_subparsers(), out=lambda t: print(t, flush=True));"
+        "p = argparse.ArgumentParser(); register(p.add_subparsers());"
         "o = p.parse_args(sys.argv[1:]); sys.exit(o.run(o))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, "serve", "--config", str(file)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, "serve", "--config", str(file)], stderr=subprocess.PIPE, text=True
     )
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(1)]
+    assert process.stderr is not None
+    lines = [process.stderr.readline() for _ in range(1)]
     while "connected" not in "".join(lines) or "host.ready" not in "".join(lines):
-        lines.append(process.stdout.readline())
+        lines.append(process.stderr.readline())
     process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=20)
+    _, rest = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "host.stopped" in rest

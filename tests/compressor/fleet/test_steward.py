@@ -61,7 +61,7 @@ class World:
         means = Means(
             trainer=self.trainer, publisher=self.publisher, director=FakeDirector(), wire=self.wire,
             topics=lambda device: Topics(FLEET, device), public_url=lambda: "http://host:1",
-            say=lambda *words: None,
+            say=lambda *_words: None,
         )  # fmt: skip
         return Steward(self.config, self.database, Catalogue(self.folder / "repository"), means)
 
@@ -85,7 +85,7 @@ class World:
             self.hear(TelemetrySeen(self.key(device), NOW, ({**fields, "body": window},), (), {"health": {}}))
         said = {"raised": True, "alarm": "drift", "guards": [], "single_channel": False, "persisted_windows": 64,
                 "reference": sha256(reference)}  # fmt: skip
-        self.hear(EventSeen(self.key(device), NOW, "warning", "drift", "wrist", "left every known regime", ("ax",), {},
+        self.hear(EventSeen(self.key(device), NOW, "warning", "drift", "wrist", "left all regimes", ("ax",), {},
                             said | details))  # fmt: skip
 
     def breaks(self, device: str, *channels: str) -> None:
