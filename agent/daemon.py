@@ -39,9 +39,9 @@ class Daemon:
         self._stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+        """Serve until SIGTERM, SIGINT, or the terminal goes away."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stopping.set)
         admin = Admin(self._parts.doors.admin, self)
         await admin.start()

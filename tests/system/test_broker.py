@@ -57,13 +57,14 @@ def test_presence_birth_reported_telemetry_and_events_arrive(
     assert subscriber.missing(DEVICE) == 0
 
 
+@pytest.mark.parametrize("how", ["stop", "kill"])
 def test_a_broker_that_is_away_for_a_while_loses_nothing(
-    agent: Agent, broker: Broker, subscriber: Subscriber
+    agent: Agent, broker: Broker, subscriber: Subscriber, how: str
 ) -> None:
     agent.write(agent.link_to(broker, interval_s=0.5))
     agent.start()
     wait_until(lambda: highest(subscriber) >= 3, "messages flow")
-    broker.stop()
+    getattr(broker, how)()
     wait_until(lambda: agent.status()["link"]["state"] == "waiting", "the loss is noticed")
     with Client(agent.address) as client:
         assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist"
