@@ -66,6 +66,36 @@ def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) 
     assert "estimate" in screen or "measured" in screen
 
 
+def test_the_preferred_engine_returns_after_dwell_and_probation_in_the_time_of_the_data(agent: Agent) -> None:
+    agent.write('[clock]\nsource = "data"\n')  # dwell 120 s and probation 60 s of data
+    agent.start()
+    data = record(seed=9)
+    time_s, served = 1e6, []
+    with Client(agent.address) as client:
+
+        def play(windows: np.ndarray, until: str, limit: int = 400) -> None:
+            nonlocal time_s
+            for number in range(limit):
+                time_s += 64 / 50
+                answer = client.infer("wrist", {"window": windows[number % len(windows)][None]}, time_s=time_s)
+                served.append(answer.served_by)
+                wait_until(lambda: agent.status()["ring"]["behind"] == 0, "the agent keeps up with the data")
+                if agent.service()["phase"] == until:
+                    return
+            pytest.fail(f"never {until}: {agent.service()}")
+
+        play(gyro_off(data.windows), "fallback")
+        away_s = time_s
+        play(data.windows, "probation")
+        assert time_s - away_s >= 120
+        back_s = time_s
+        play(data.windows, "preferred")
+        assert time_s - back_s >= 60
+        play(data.windows, "preferred")
+    assert served[-1] == "wrist"
+    assert "wrist-accel" in served
+
+
 def test_metrics_and_inference_from_files_work_on_a_running_agent(agent: Agent) -> None:
     agent.start()
     np.save(agent.folder / "windows.npy", record(seed=9).windows[:5])
