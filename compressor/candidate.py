@@ -64,6 +64,12 @@ class Gate:
     def passed(self) -> bool:
         return self.measured >= self.limit if self.at_least else self.measured <= self.limit
 
+    @property
+    def excess(self) -> float:
+        """How far beyond the limit, as a share of it; not above 0 when passed."""
+        beyond = self.limit - self.measured if self.at_least else self.measured - self.limit
+        return beyond / max(abs(self.limit), 1e-9)
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:

@@ -65,7 +65,11 @@ def refuse(device: DeviceClassTable, kind: str, candidates: tuple[Candidate, ...
         own = class_gates(device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes)
         return failed(candidate.gates + own)
 
-    closest = min(candidates, key=lambda candidate: len(stops(candidate)))
+    def distance(candidate: Candidate) -> tuple[int, float]:
+        gates = stops(candidate)
+        return len(gates), max((gate.excess for gate in gates), default=0.0)
+
+    closest = min(candidates, key=distance)
     gates = stops(closest)
     if not gates:
         gates = (Gate("accuracy", 0.0, 0.0),)

@@ -87,6 +87,12 @@ def test_nothing_that_fits_is_a_failed_gate_with_figures() -> None:
     assert (caught.value.gate, caught.value.measured, caught.value.limit) == ("latency", 150, 100)
 
 
+def test_of_equally_many_failed_gates_the_nearer_is_named() -> None:
+    pool = [candidate("far", 0.9, 50, 10_000), candidate("nearly", 0.9, 50, 1_010)]
+    with pytest.raises(GateFailed, match="closest was 'nearly'"):
+        choose(pool, device(), RULES, kind="model")
+
+
 def test_the_front_holds_what_nobody_beats() -> None:
     pool = [
         candidate("exact", 0.99, 90, 900), candidate("beaten", 0.95, 95, 950),
