@@ -111,7 +111,7 @@ def _build(
         store=store,
         blueprints=blueprints,
         supervisor=supervisor,
-        monitors={one.name: _make_monitor(one, store) for one in blueprints},
+        monitors={one.name: _make_monitor(one, store, journal) for one in blueprints},
         device_monitor=DeviceMonitor(
             supervisor.services,
             power_w=budget.power_w,
@@ -135,11 +135,16 @@ def _make_supervisor(blueprints: tuple[Blueprint, ...], store: Store, journal: J
         return Supervisor(policies)
 
 
-def _make_monitor(blueprint: Blueprint, store: Store) -> Monitor:
+def _make_monitor(blueprint: Blueprint, store: Store, journal: Journal) -> Monitor:
     monitor = Monitor(blueprint.monitor, blueprint.reference)
-    saved = store.value(MONITOR + blueprint.name)
-    if saved:
-        monitor.restore(saved)
+    try:
+        saved = store.value(MONITOR + blueprint.name)
+        if saved:
+            monitor.restore(saved)
+    except (StateUnreadable, LookupError, TypeError, ValueError, AttributeError) as error:
+        # written by another version: what it followed starts anew, half a memory would be worse
+        journal.warning("monitor.anew", f"the monitor of {blueprint.name} starts with no memory: {error!r}")
+        return Monitor(blueprint.monitor, blueprint.reference)
     return monitor
 
 

@@ -103,7 +103,10 @@ class Store:
         """What was put under `name`, else None. Raises: StateUnreadable."""
         with _translated(self.folder):
             found = self._database.execute("SELECT body FROM value WHERE name = ?", (name,)).fetchone()
-        return json.loads(found[0]) if found else None
+        try:
+            return json.loads(found[0]) if found else None
+        except ValueError:
+            raise StateUnreadable(f"what is stored as '{name}' in {self.folder} is not JSON") from None
 
     # --- outbox rows ----------------------------------------------------------------------------------------
     def add_row(self, row: Row, *, durable: bool = False) -> int:

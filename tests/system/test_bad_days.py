@@ -3,12 +3,14 @@
 import os
 import shutil
 import socket
+import sqlite3
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from agent.client import Client
+from agent.store import Store
 from tests.artifacts import record
 from tests.system.conftest import Agent, wait_until
 
@@ -107,6 +109,24 @@ def test_a_damaged_state_is_set_aside_and_serving_goes_on(agent: Agent) -> None:
         assert client.ready("wrist")
     assert (agent.state / "agent.damaged").exists()
     assert any("set aside" in event["text"] for event in agent.status()["events"])
+
+
+@pytest.mark.parametrize(
+    "body",
+    ['{"guards": {"channels": ["ax", "ay", "az", "gx", "gy", "gz"]}, "regimes": {"reference": 3}}', "[1]", "{"],
+)
+def test_a_memory_of_another_version_is_no_reason_not_to_serve(agent: Agent, body: str) -> None:
+    store = Store(agent.state, outbox_bytes=1 << 20)
+    for name in ("monitor:wrist", "supervisor"):
+        store.put_value(name, {"version": 1})
+    store.close()
+    with sqlite3.connect(agent.state / "agent.db") as database:
+        database.execute("UPDATE value SET body = ?", (body,))
+    database.close()
+    agent.start()
+    assert "Traceback" not in agent.log.read_text()
+    with Client(agent.address) as client:
+        assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist"
 
 
 def fill(path: Path) -> None:
