@@ -2,7 +2,7 @@
 
 Promises: stays connected for ever, with growing pauses; a new client per connection, so that an acknowledgement
 can only ever reach the session its message came with, and nothing old is resent after something newer; the
-broker holds back what exceeds the window; retained documents are renewed after every reconnect.
+broker is asked to hold back what exceeds the window; retained documents are renewed after every reconnect.
 Leaves to others: what a message means and when it is safe (`ingest`).
 
 Threads: one of ours (`broker`) keeps a connection, one of paho's reads it.
@@ -91,7 +91,7 @@ class Broker:
         on_message: Callable[[Arrived], None],
         say: Callable[[str, str, str], None],
     ) -> None:
-        """on_message: called on paho's thread, must not block; say(severity, event id, sentence)."""
+        """on_message: called on paho's thread, which reads nothing meanwhile; say(severity, event id, sentence)."""
         self._address, self._filters = address, tuple(filters)
         self._on_arrived, self._say = on_message, say
         self._stopping = threading.Event()

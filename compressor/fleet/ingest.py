@@ -2,8 +2,8 @@
 
 Promises: a message is acknowledged to the broker only after its transaction committed, so nothing that a broker
 has taken is lost by a crash or a full disk of ours; a message that comes twice counts once; what is not believed
-is refused, counted and acknowledged, so that it does not come for ever; everything that waits is bounded, by the
-protocol's own window. After each commit the device learns, by the retained `ack`, up to where it is safe.
+is refused, counted and acknowledged, so that it does not come for ever; everything that waits is bounded. After each
+commit the device learns, by the retained `ack`, up to where it is safe.
 Leaves to others: what a message means (`inbox`), what follows (`planner`).
 
 The wire itself is `broker`. One thread (`ingest`) commits; `retain` and `command` may be called from any.
@@ -38,6 +38,7 @@ from compressor.fleet.inbox import (
 
 BATCH = 200  # committed together at most: one fsync for all of them
 BATCH_WAIT_S = 0.05  # how long a first message may wait for company
+ROOM_WAIT_S = 0.2
 RETRY_S = 1.0  # after a failed commit
 MAX_REPLIES = 1000
 NOTED = ("drift", "sensor", "fallback", "update")  # kinds of events that belong to the story
@@ -81,7 +82,7 @@ class Ingest:
         self.broker.stop()
 
     def statistics(self) -> dict[str, Any]:
-        names = ("received", "committed", "repeated", "refused", "dropped", "commit_failures")
+        names = ("received", "committed", "repeated", "refused", "waits", "commit_failures")
         counters = {name: self._counters[name] for name in names}
         return {"waiting": self._arrived.qsize(), **counters, **self.broker.statistics()}
 
@@ -96,12 +97,19 @@ class Ingest:
         return Topics(fleet=self._roster.fleet, device=device, prefix=self._roster.prefix)
 
     def _on_message(self, arrived: Arrived) -> None:
+        """Waits for room: mosquitto 2.0.11 sends far more than our window once acknowledgements flow.
+
+        While we wait nothing is read from the socket, so the broker holds the rest. Should that take so long that it
+        gives us up, everything unacknowledged comes again.
+        """
         self._counters["received"] += 1
-        try:
-            self._arrived.put_nowait(arrived)
-        except queue.Full:
-            # only a broker that ignores our window gets here; unacknowledged, it comes again with the next session
-            self._counters["dropped"] += 1
+        while not self._stopping.is_set():
+            try:
+                self._arrived.put(arrived, timeout=ROOM_WAIT_S)
+            except queue.Full:
+                self._counters["waits"] += 1
+            else:
+                return
 
     # --- the committing thread --------------------------------------------------------------------------------
     def _run(self) -> None:

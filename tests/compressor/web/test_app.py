@@ -72,10 +72,19 @@ class Site:
         return self.ask(path, method="POST", body=urlencode(form), **headers)[0]
 
 
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    yield from serve(tmp_path_factory.mktemp("site"))
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def own_site(tmp_path: Path) -> Iterator[Site]:
+    yield from serve(tmp_path)
+
+
+def serve(folder: Path) -> Iterator[Site]:
     config = HostConfig.model_validate({"fleet": {"name": "demo", "cohorts": {"canary": ["w1", "w2"]}}})
-    database = Database(tmp_path)
+    database = Database(folder)
     fill(database)
     operator = Operator(config, database, Catalogue(None))
     server = uvicorn.Server(uvicorn.Config(make_app(operator), port=0, log_config=None, lifespan="off"))
@@ -194,6 +203,7 @@ def test_changing_something_needs_the_token(site: Site) -> None:
     assert site.post("/hold", {"held": "yes", "token": site.operator.token}) == 303
     assert site.post("/hold", {"held": "no"}, authorization=f"Bearer {site.operator.token}") == 303
     assert site.operator.held == [True, False]
+    site.operator.held.clear()
     assert site.post("/rollouts/1/halt", {"token": site.operator.token}) == 303
     assert site.post("/rollouts/2/halt", {"token": site.operator.token}) == 404
 
@@ -237,7 +247,8 @@ def _event(answer: http.client.HTTPResponse) -> str:
             return name
 
 
-def test_open_streams_are_bounded_and_end_with_the_host(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_streams_are_bounded_and_end_with_the_host(own_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = own_site
     monkeypatch.setattr("compressor.web.app.MAX_STREAMS", 1)
     connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
     connection.request("GET", "/live?page=fleet")
