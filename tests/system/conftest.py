@@ -184,6 +184,11 @@ class Load:
             thread.start()
         return self
 
+    def ask_no_more(self) -> None:
+        """No client begins another request; those that have begun are on their way when this returns."""
+        self._stop.set()
+        clock.sleep(0.05)
+
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         for thread in self._threads:

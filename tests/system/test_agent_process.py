@@ -169,9 +169,9 @@ def test_the_worker_ends_with_its_agent_and_the_next_agent_remembers(agent: Agen
 
 def test_a_graceful_stop_answers_what_was_asked_and_leaves_no_socket(agent: Agent) -> None:
     agent.start()
-    with Load(agent.address, np.repeat(record(seed=9).windows, 4, axis=0), clients=2) as load:
-        wait_until(lambda: load.answered > 5, "requests flow")
-        load._stop.set()
+    with Load(agent.address, np.repeat(record(seed=9).windows, 10, axis=0), clients=2) as load:
+        wait_until(lambda: load.answered > 3, "requests flow")
+        load.ask_no_more()
         assert agent.stop() == 0
     assert load.failed == []
     assert not agent.serve.exists()
