@@ -89,6 +89,7 @@ persistence true
 persistence_location {self.folder}/
 user {user}
 max_packet_size 1000000
+max_queued_messages 0
 log_dest file {self.folder / "mosquitto.log"}
 """
         )
