@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agent import VERSION
 from agent.contract.errors import EdgewardenError
+from compressor import commands_fleet, commands_trust
 
 if TYPE_CHECKING:
     from compressor.recipe import Recipe
@@ -18,9 +19,12 @@ if TYPE_CHECKING:
 EXIT_CODES = """\
 exit codes:
   0  done
-  2  the recipe, its task module or the command line is wrong
-  4  an artifact is damaged or cannot be used
+  2  the recipe, its task module, the configuration or the command line is wrong
+  3  a document is not what the contract says
+  4  an artifact is damaged, cannot be used or is not trusted
+  5  the broker cannot be reached
   6  a file cannot be written (disk full, no permission)
+  7  another host holds the database
   9  the task's data is missing or not what it should be
  10  a stage of the pipeline failed
  11  a gate refused every candidate; nothing was shipped
@@ -82,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("folder", type=Path)
         action.add_argument("--json", action="store_true")
         action.set_defaults(run=run)
+    commands_trust.register(verbs)
+    commands_fleet.register(verbs)
     return parser
 
 

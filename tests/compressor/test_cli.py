@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,21 @@ def test_show_and_verify_accept_what_compress_wrote(
 def test_show_of_nothing_is_exit_code_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["artifact", "show", str(tmp_path)]) == 4
     assert "cannot read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compress", "artifact", "keys", "publish", "serve", "device", "drift", "rollout"])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    assert len(capsys.readouterr().out.splitlines()) > 4
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = "('torch', 'numpy', 'sqlalchemy', 'tuf', 'pydantic', 'starlette')"
+    program = (
+        "import sys\nfrom compressor.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        f"sys.exit(any(name in sys.modules for name in {heavy}))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
