@@ -130,7 +130,9 @@ def test_show_of_nothing_is_exit_code_four(tmp_path: Path, capsys: pytest.Captur
     assert "cannot read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["compress", "artifact", "keys", "publish", "serve", "device", "drift", "rollout"])
+@pytest.mark.parametrize(
+    "command", ["compress", "artifact", "keys", "publish", "serve", "device", "drift", "rollout"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
