@@ -51,12 +51,23 @@ def read_recordings(path: Path, shape: Shape, *, max_bytes: int) -> Recordings:
         TooLarge: it would unpack to more than `max_bytes`.
         Corrupt: not an npz, an array is missing, of the wrong type or shape, or a value is impossible.
     """
+    _, labels, recordings = load_recordings(path, shape, max_bytes=max_bytes)
+    counts = tuple(np.bincount(labels.astype(np.int64)).tolist())
+    return Recordings(rows=len(labels), recordings=len(np.unique(recordings)), labels=counts)
+
+
+def load_recordings(path: Path, shape: Shape, *, max_bytes: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """One upload, checked: windows (rows, length, channels), labels (rows,), recordings (rows,).
+
+    Raises: as `read_recordings`.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
-            arrays = {name: _member(archive, name, max_bytes) for name in MEMBERS}
+            windows, labels, recordings = (_member(archive, name, max_bytes) for name in MEMBERS)
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise Corrupt(f"the recording is no readable npz: {' '.join(str(error).split())[:200]}") from None
-    return _checked(arrays["windows"], arrays["labels"], arrays["recordings"], shape)
+    _check(windows, labels, recordings, shape)
+    return windows, labels, recordings
 
 
 def _member(archive: zipfile.ZipFile, name: str, max_bytes: int) -> NDArray[Any]:
@@ -88,7 +99,7 @@ def _array(data: bytes, name: str) -> NDArray[Any]:
     return flat.reshape(shape, order="F" if fortran else "C")
 
 
-def _checked(windows: NDArray[Any], labels: NDArray[Any], recordings: NDArray[Any], shape: Shape) -> Recordings:
+def _check(windows: NDArray[Any], labels: NDArray[Any], recordings: NDArray[Any], shape: Shape) -> None:
     if windows.ndim != 3 or windows.dtype.kind != "f":
         raise Corrupt(f"'windows' must be (rows, length, channels) of floats, not {windows.shape} {windows.dtype}")
     rows, length, channels = windows.shape
@@ -104,8 +115,6 @@ def _checked(windows: NDArray[Any], labels: NDArray[Any], recordings: NDArray[An
     most = shape.labels if shape.labels is not None else 1000
     if labels.min() < 0 or labels.max() >= most:
         raise Corrupt(f"labels must be 0 to {most - 1}, found {labels.min()} to {labels.max()}")
-    counts = tuple(np.bincount(labels.astype(np.int64)).tolist())
-    return Recordings(rows=rows, recordings=len(np.unique(recordings)), labels=counts)
 
 
 def _check_values(windows: NDArray[Any], shape: Shape) -> None:
