@@ -19,6 +19,7 @@ from agent.engine import OnnxEngine
 from compressor.cache import Cache, stage_key
 from compressor.candidate import Candidate, Latency, Variant
 from compressor.corruptions import Windows
+from compressor.errors import StageFailed
 from compressor.evaluate import alone_and_together, ask, varied_accuracy
 from compressor.files import dump_arrays, load_arrays, write_file
 from compressor.gates import Parity, general_gates
@@ -145,8 +146,40 @@ def interpret(model: bytes, input_name: str, windows: Windows) -> NDArray[np.flo
     return np.asarray(probability[0], np.float32)
 
 
-def time_all(bench: Bench, variants: Sequence[Variant]) -> tuple[dict[str, Latency], bool]:
-    """Latency of every variant measured in turns, and whether the figures are an earlier run's."""
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Latency of every variant, by name; `machine` is the one they were measured on."""
+
+    latency: dict[str, Latency]
+    machine: dict[str, str | int]
+    replayed: bool  # an earlier run's figures
+
+
+def replay(path: Path, variants: Sequence[Variant]) -> Timings:
+    """The figures of an earlier run's measurements.json: so that a rebuild never measures, and chooses alike.
+
+    Raises:
+        StageFailed: unreadable, or measured on other models than these.
+    """
+    try:
+        document: dict[str, Any] = json.loads(path.read_bytes())
+        models, fields = document["models"], Latency.__dataclass_fields__
+        digests = {name: figures["sha256"] for name, figures in models.items()}
+        latency = {name: Latency(**{f: float(figures[f]) for f in fields}) for name, figures in models.items()}
+        measured_on = dict(document["machine"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StageFailed("replay", str(path), f"no measurements of an earlier run: {error}") from None
+    for variant in variants:
+        if digests.get(variant.name) != variant.sha256:
+            raise StageFailed(
+                "replay", str(path), f"it does not hold the figures of this '{variant.name}'",
+                hint="Replay only what was built from the same recipe, data and libraries, or leave --replay out.",
+            )  # fmt: skip
+    return Timings({variant.name: latency[variant.name] for variant in variants}, measured_on, replayed=True)
+
+
+def time_all(bench: Bench, variants: Sequence[Variant]) -> Timings:
+    """Latency of every variant measured in turns, or from the cache."""
     settings = bench.recipe.measure
     inputs = {
         "models": {variant.name: variant.sha256 for variant in variants},
@@ -154,7 +187,8 @@ def time_all(bench: Bench, variants: Sequence[Variant]) -> tuple[dict[str, Laten
     }  # fmt: skip
     key = stage_key("measure", inputs, sources=("measure.py", "assess.py"))
     if kept := bench.cache.get(key):
-        return {name: Latency(**figures) for name, figures in json.loads(kept["latency.json"]).items()}, True
+        figures: dict[str, dict[str, float]] = json.loads(kept["latency.json"])
+        return Timings({name: Latency(**one) for name, one in figures.items()}, machine(), replayed=True)
     row = bench.data.role(Role.CALIBRATE).windows[:1]
     calls: dict[str, Callable[[], object]] = {}
     for variant in variants:
@@ -163,7 +197,7 @@ def time_all(bench: Bench, variants: Sequence[Variant]) -> tuple[dict[str, Laten
     timings = interleaved(calls, rounds=settings.rounds, runs=settings.runs)
     latency = {v.name: _latency(timings[v.name], timings[f"{v.name}.bare"]) for v in variants}
     bench.cache.put(key, {"latency.json": json.dumps({k: asdict(v) for k, v in latency.items()}).encode()})
-    return latency, False
+    return Timings(latency, machine(), replayed=False)
 
 
 def _call(engine: OnnxEngine, input_name: str, row: Windows) -> Callable[[], object]:

@@ -71,6 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
         help="override a recipe value; a key without a dot is a task setting, as in --set new_wearers=4,5,6",
     )  # fmt: skip
+    compress.add_argument(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="measurements.json of an earlier run: choose by it, measure nothing",
+    )
     compress.add_argument("--json", action="store_true", help="print report.json instead of tables")
     compress.add_argument(
         "--explain", action="store_true", help="say what each step does, how each gate went, and why"
@@ -103,7 +109,9 @@ def _compress(options: argparse.Namespace) -> int:
     from compressor.report import write_reports
 
     with _Progress(recipe) as progress:
-        result = compress(recipe, options.recipe, options.out, cache=options.cache, report=progress.report)
+        result = compress(
+            recipe, options.recipe, options.out, cache=options.cache, report=progress.report, replay=options.replay
+        )
         document = write_reports(result, options.out)
     if options.json:
         print(json.dumps(document, indent=1, ensure_ascii=False))

@@ -49,7 +49,7 @@ class Result:
     candidates: tuple[Candidate, ...]
     shipped: tuple[Shipped, ...]
     front: tuple[str, ...]
-    replayed: bool  # latencies are an earlier run's
+    timings: assess.Timings
     seconds: dict[str, float]
 
     @property
@@ -75,8 +75,12 @@ def plan(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     )
 
 
-def compress(recipe: Recipe, recipe_path: Path, out: Path, *, cache: Path, report: Report) -> Result:
+def compress(
+    recipe: Recipe, recipe_path: Path, out: Path, *, cache: Path, report: Report, replay: Path | None = None
+) -> Result:
     """Run everything and write the artifacts below `out`; the reports are the caller's.
+
+    replay: measurements.json of an earlier run, whose figures decide instead of new ones.
 
     Raises:
         RecipeError, DataError, StageFailed, GateFailed, StorageError
@@ -93,7 +97,7 @@ def compress(recipe: Recipe, recipe_path: Path, out: Path, *, cache: Path, repor
     origin = package.Origin(recipe.sha256, task_sha256, data.sha256, recipe.data, recipe.seed)
     with tempfile.TemporaryDirectory(prefix="edgewarden-") as folder, timed("assess and package"):
         bench = assess.Bench(recipe, task, task_sha256, data, Cache(cache), Path(folder))
-        candidates, replayed = _assess(bench, variants, report, timed)
+        candidates, timings = _assess(bench, variants, report, timed, replay)
         with timed("evidence"), translated("evidence", recipe.name):
             shipped = tuple(_ship(bench, candidates, device) for device in recipe.device_class)
         report("all", "evidence collected", AFTER["evidence"])
@@ -101,7 +105,7 @@ def compress(recipe: Recipe, recipe_path: Path, out: Path, *, cache: Path, repor
             _package(bench, ship, origin, out / ship.device.name)
     ranked = [c for c in candidates if c.variant.model.role != "fallback"]
     front = select.pareto_front(ranked)
-    return Result(recipe, task, data, origin, candidates, shipped, front, replayed, seconds)
+    return Result(recipe, task, data, origin, candidates, shipped, front, timings, seconds)
 
 
 class _Stopwatch:
@@ -125,8 +129,8 @@ class _Stopwatch:
 
 
 def _assess(
-    bench: assess.Bench, variants: Sequence[Variant], report: Report, timed: _Stopwatch
-) -> tuple[tuple[Candidate, ...], bool]:
+    bench: assess.Bench, variants: Sequence[Variant], report: Report, timed: _Stopwatch, replay: Path | None
+) -> tuple[tuple[Candidate, ...], assess.Timings]:
     judged = {}
     with timed("judge"):
         for variant in variants:
@@ -134,9 +138,9 @@ def _assess(
                 judged[variant.name] = assess.judge(bench, variant)
             report(variant.name, "judged on the device's engine", AFTER["judge"] / len(variants))
     with timed("measure"), translated("measure", bench.recipe.name):
-        latency, replayed = assess.time_all(bench, variants)
-    report("all", "latency taken from an earlier run" if replayed else "latency measured", AFTER["measure"])
-    return assess.candidates(bench, variants, judged, latency), replayed
+        timings = assess.replay(replay, variants) if replay else assess.time_all(bench, variants)
+    report("all", "latency taken from an earlier run" if timings.replayed else "latency measured", AFTER["measure"])
+    return assess.candidates(bench, variants, judged, timings.latency), timings
 
 
 def _ship(bench: assess.Bench, candidates: Sequence[Candidate], device: DeviceClassTable) -> Shipped:

@@ -15,7 +15,7 @@ from typing import Any
 from agent.contract.artifact import MANIFEST, sha256_file
 from compressor.candidate import Candidate, Gate, Verdict
 from compressor.files import write_file
-from compressor.measure import load_average, machine
+from compressor.measure import load_average
 from compressor.pipeline import Result, Shipped
 from compressor.select import RANK
 from compressor.task import Role
@@ -64,9 +64,9 @@ def report_document(result: Result, out: Path) -> dict[str, Any]:
         "pareto_front": list(result.front),
         "harmful_drop": result.recipe.faults.harmful_drop,
         "device_classes": [_shipped(ship, result, out / ship.device.name) for ship in result.shipped],
-        "machine": machine(),
+        "machine": result.timings.machine,
         "load_average": load_average(),
-        "latency_replayed": result.replayed,
+        "latency_replayed": result.timings.replayed,
         "seconds": result.seconds,
     }
 
@@ -75,9 +75,9 @@ def measurements_document(result: Result) -> dict[str, Any]:
     """Times only, with what they belong to; unsigned."""
     return {
         "format": FORMAT,
-        "machine": machine(),
+        "machine": result.timings.machine,
         "load_average": load_average(),
-        "replayed": result.replayed,
+        "replayed": result.timings.replayed,
         "method": {
             "threads": 1, "batch": 1, "interleaved": True, **result.recipe.measure.model_dump(),
             "cpu_p20_us": "20th percentile over rounds of thread CPU time per run",
