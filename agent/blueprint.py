@@ -6,7 +6,7 @@ siblings is left out and told, as long as another model can answer. Starts nothi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,17 +53,28 @@ class Blueprint:
         )  # fmt: skip
 
 
-def draw_up(config: AgentConfig) -> tuple[Blueprint, ...]:
+def draw_up(config: AgentConfig, chosen: Mapping[str, Sequence[Path]] | None = None) -> tuple[Blueprint, ...]:
     """Open and verify every artifact of every service.
+
+    `chosen`: service -> folders, best first, instead of the configured ones; the configured floor stays behind
+    those that bring none.
 
     Raises:
         ArtifactError: a service has no model left that could answer; says what is wrong with its first.
     """
-    return tuple(_service(config, section, index) for index, section in enumerate(config.service))
+    return tuple(
+        _service(config, section, index, (chosen or {}).get(section.name) or configured_folders(section))
+        for index, section in enumerate(config.service)
+    )
 
 
-def _service(config: AgentConfig, section: ServiceSection, index: int) -> Blueprint:
-    artifacts, problems = _open_all(section)
+def configured_folders(section: ServiceSection) -> tuple[Path, ...]:
+    """What the configuration serves, best first, the floor last."""
+    return (section.artifact, *section.fallbacks, *([Path(section.floor)] if section.floor else []))
+
+
+def _service(config: AgentConfig, section: ServiceSection, index: int, folders: Sequence[Path]) -> Blueprint:
+    artifacts, problems = _open_all(section, folders)
     active = artifacts[0].manifest
     reference, reference_problem = _reference(artifacts[0])
     problems += [reference_problem] if reference_problem else []
@@ -105,8 +116,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int) -> Bluepr
 
 
 # --- artifacts ---------------------------------------------------------------------------------------------
-def _open_all(section: ServiceSection) -> tuple[list[Artifact], list[str]]:
-    folders = [section.artifact, *section.fallbacks, *([Path(section.floor)] if section.floor else [])]
+def _open_all(section: ServiceSection, folders: Sequence[Path]) -> tuple[list[Artifact], list[str]]:
     sound: list[Artifact] = []
     faults: list[ArtifactError] = []
     for folder in folders:
@@ -119,7 +129,23 @@ def _open_all(section: ServiceSection) -> tuple[list[Artifact], list[str]]:
     if not any(artifact.manifest.kind == "onnx" for artifact in sound):
         fault = faults[0] if faults else Incompatible(f"service '{section.name}' has a floor but no model")
         raise type(fault)(f"service '{section.name}' has no usable model: {fault}", hint=fault.hint)
-    return sound, [f"service '{section.name}' goes without an artifact: {fault.sentence()}" for fault in faults]
+    models = [artifact for artifact in sound if artifact.manifest.kind == "onnx"]
+    floors = [artifact for artifact in sound if artifact.manifest.kind != "onnx"] or _own_floor(section, sound)
+    return [*models, *floors], [
+        f"service '{section.name}' goes without an artifact: {fault.sentence()}" for fault in faults
+    ]
+
+
+def _own_floor(section: ServiceSection, siblings: list[Artifact]) -> list[Artifact]:
+    """The configured floor, for a selection that brings none; one that does not fit is not needed."""
+    if not section.floor:
+        return []
+    try:
+        floor = open_artifact(Path(section.floor))
+        _check_fits(floor, siblings)
+    except ArtifactError:
+        return []
+    return [floor]
 
 
 def _check_fits(artifact: Artifact, siblings: list[Artifact]) -> None:

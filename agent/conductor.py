@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import math
+import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from agent import VERSION
+from agent.blueprint import Blueprint
 from agent.clock import monotonic_s, wall_s
 from agent.contract.errors import StorageError
-from agent.contract.plan import EngineTrouble, FromWorker, Ready
+from agent.contract.plan import EngineTrouble, FromWorker, Ready, ServicePlan
 from agent.decisions.events import (
     Activate,
     AgentStarted,
+    AlarmKind,
     Command,
     Event,
+    Level,
     Persist,
     Publish,
     RestartWindows,
@@ -30,11 +36,16 @@ from agent.decisions.events import (
     WorkerLost,
     WorkerReady,
 )
+from agent.decisions.updates import Selection
+from agent.decisions.workers import CRASH_LIMIT
+from agent.equipment import drift_left_behind, inheritance, succeed
 from agent.generation import Patience, Phase
 from agent.generations import Generations
 from agent.intake import Records
 from agent.parts import MONITOR, SUPERVISOR, Parts
 from agent.reporter import Reporter, add_up
+from agent.steering import Pilot, Steering
+from agent.updater import Told
 
 SAVE_MONITORS_S = 30.0
 RESERVE_S = 60.0
@@ -62,6 +73,18 @@ class DecisionClock:
             yield part
 
 
+@dataclass(slots=True)
+class _Change:
+    """Another equipment on its way; `number`: of the generation that comes with it."""
+
+    selection: Selection
+    blueprints: tuple[Blueprint, ...]
+    told: Told
+    number: int = 0
+    losses: int = 0
+    worker_wanted: bool = False  # the present equipment lost its worker meanwhile
+
+
 class Conductor:
     """Owned by the event loop."""
 
@@ -70,6 +93,9 @@ class Conductor:
         worker = parts.config.worker
         self.clock = DecisionClock(parts.config.clock.source, float(parts.supervisor.state()["now_s"]))
         self.reporter = Reporter(parts.config.topics, parts.outbox, parts.link)
+        self.steering = self._make_steering()
+        self._change: _Change | None = None
+        self._until_ready: list[Told] = []
         self.generations = Generations(
             parts.doors.serving,
             parts.intake,
@@ -78,6 +104,7 @@ class Conductor:
             first_number=1,
             on_frame=self._frame,
             on_lost=self._worker_lost,
+            admits=self._admits,
         )
         self._window_from_s = wall_s()
         self._start_timer: asyncio.TimerHandle | None = None
@@ -96,16 +123,25 @@ class Conductor:
         parts.journal.notice("agent.started", f"Edgewarden {VERSION} serves {names}", boot=boot, pid=parts.process_id)
         parts.notifier.starting(parts.config.worker.start_timeout_s + 10.0)
         self.reporter.presence("online", "started")
-        digests = {plan.engine: plan.digest for one in parts.blueprints for plan in one.plan.engines}
-        self.reporter.birth(parts.vitals.info, runtime=metadata.version("onnxruntime"), artifacts=digests)
+        self.tell_birth()
         self.handle(AgentStarted())
         for monitor in parts.monitors.values():
             self._handle_all(monitor.announce())
-        for problem in (problem for one in parts.blueprints for problem in one.problems):
+        for problem in (*parts.problems, *(problem for one in parts.blueprints for problem in one.problems)):
             self._execute(Publish("error", "engine", problem))
         if parts.store.set_aside:
             text = f"the agent's state was damaged and is set aside in {parts.store.set_aside}"
             self._execute(Publish("error", "health", text))
+        self.steering.begin()
+
+    def tell_birth(self) -> None:
+        """Say what this device is and carries: at the start, on change, on request."""
+        parts, config = self._parts, self._parts.config
+        digests = {plan.engine: plan.digest for one in parts.blueprints for plan in one.plan.engines}
+        can = [name for name, on in (("update", config.update.enabled), ("samples", config.samples.allow)) if on]
+        self.reporter.birth(
+            parts.vitals.info, runtime=metadata.version("onnxruntime"), artifacts=digests, capabilities=can
+        )
 
     async def end(self) -> None:
         """Let the workers finish, then keep and tell the last things."""
@@ -118,6 +154,17 @@ class Conductor:
         self._save(self._parts.supervisor.state())
         self.send_telemetry()
         self.reporter.presence("offline", "stopped")
+
+    def note_fault(self, error: Exception) -> None:
+        """A fault of ours, met in some loop of the process: counted and told, and serving goes on."""
+        self.faults += 1
+        frames = traceback.extract_tb(error.__traceback__)
+        where = frames[-1] if frames else None
+        self._parts.journal.critical(
+            "agent.fault", f"a fault of the agent: {type(error).__name__}: {error}",
+            file=Path(where.filename).name if where else "", line=(where.lineno or 0) if where else 0,
+            count=self.faults,
+        )  # fmt: skip
 
     # --- beats ----------------------------------------------------------------------------------------------
     def read_observations(self) -> None:
@@ -145,6 +192,7 @@ class Conductor:
         self.handle(Tick())
         if self._unsaved is not None:
             self._save(self._unsaved)
+        self.steering.tick()
         self._parts.outbox.tidy(wall_s())
         now_s = monotonic_s()
         if now_s >= self._next_save_s:
@@ -219,7 +267,7 @@ class Conductor:
             self.generations.prefer(wanted.service, wanted.engine, wanted.reason)
             text = f"{wanted.engine} answers {wanted.service}: {wanted.reason}"
             self._parts.journal.notice("engine.activated", text, why=wanted.why)
-        self._report()
+        self.report()
 
     def _save(self, state: dict[str, Any]) -> None:
         try:
@@ -237,18 +285,81 @@ class Conductor:
         except StorageError as error:
             self._parts.journal.error("state.unsaved", error.sentence(), code=error.code)
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Publish what runs now, and how far an update got."""
         keys = ("serving", "preferred", "phase", "why", "reason", "since_s", "health", "pin")
         services = {}
         for blueprint in self._parts.blueprints:
             decided = self._parts.supervisor.status(blueprint.name)
-            versions = {plan.engine: plan.version for plan in blueprint.plan.engines}
+            engines = blueprint.plan.engines
             services[blueprint.name] = {
-                "active": decided["serving"], **{key: decided[key] for key in keys}, "versions": versions
+                "active": decided["serving"], **{key: decided[key] for key in keys},
+                "versions": {plan.engine: plan.version for plan in engines},
+                "digests": {plan.engine: plan.digest for plan in engines},
             }  # fmt: skip
-        self.reporter.reported(services)
+        self.reporter.reported(services, self.steering.reported())
+
+    # --- another equipment ----------------------------------------------------------------------------------
+    def change(self, selection: Selection, blueprints: tuple[Blueprint, ...], told: Told) -> None:
+        """Let this selection serve; `told` hears when it does, or why it does not and the present one stays."""
+        self._give_up_change("superseded", "another selection was chosen")
+        if selection == self._parts.equipment.selection:
+            current = self.generations.current
+            if current is not None and current.phase is Phase.SERVING:
+                told("", "")
+            else:
+                self._until_ready.append(told)
+            return
+        self._change = _Change(selection, blueprints, told)
+        self._start_change(self._change)
+
+    def _start_change(self, change: _Change) -> None:
+        change.number = self._start_generation(tuple(one.plan for one in change.blueprints))
+
+    def _admits(self, number: int, ready: Ready) -> bool:
+        """A comer with another equipment takes over only if every engine of it works."""
+        change = self._change
+        if change is None or number != change.number:
+            return True
+        broken = [loaded for loaded in ready.engines if not loaded.golden_ok]
+        if broken:
+            self._give_up_change(broken[0].error_code or "golden_mismatch", broken[0].error)
+        return not broken
+
+    def _give_up_change(self, code: str, text: str) -> None:
+        change, self._change = self._change, None
+        if change is None:
+            return
+        change.told(code, text)
+        if change.worker_wanted and self.generations.current is None:
+            self._start_worker()
+
+    def _put_on(self, change: _Change, usable: dict[str, tuple[str, ...]]) -> None:
+        """The comer takes over: from here on its equipment is what is watched and decided about."""
+        self.read_observations()
+        self.send_telemetry()  # windows never span two references
+        parts, before = self._parts, self._parts.equipment
+        after = succeed(before, change.selection, change.blueprints)
+        parts.equipment = after
+        parts.intake.renumber([one.plan.engines for one in after.blueprints])
+        self._usable = usable
+        for service in drift_left_behind(before, after):
+            text = "another reference is watched now: drift is judged anew"
+            details = {"raised": False, "alarm": AlarmKind.DRIFT.value, "level": Level.OK.value}
+            self._execute(Publish("notice", "drift", text, service, details=details))
+        for event in inheritance(before, after):
+            self.handle(event)
 
     # --- workers --------------------------------------------------------------------------------------------
+    def _make_steering(self) -> Steering:
+        parts = self._parts
+        pilot = Pilot(
+            change=self.change, report=self.report, publish=self._execute, decide=self.handle,
+            tell_birth=self.tell_birth, note_fault=self.note_fault,
+            statuses=lambda: {name: parts.supervisor.status(name) for name in parts.supervisor.services},
+        )  # fmt: skip
+        return Steering(parts, self.reporter, pilot)
+
     def _schedule_worker(self, pause_s: float, reason: str) -> None:
         if self._start_timer:
             self._start_timer.cancel()
@@ -257,13 +368,21 @@ class Conductor:
 
     def _start_worker(self) -> None:
         self._start_timer = None
-        services = tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
+        if self._change is not None:  # the one that comes with another equipment will do
+            self._change.worker_wanted = True
+            return
+        self._start_generation(
+            tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
+        )
+
+    def _start_generation(self, services: tuple[ServicePlan, ...]) -> int:
         number = self.generations.start(
             services,
             max_body_bytes=self._parts.config.serving.max_body_bytes,
             stuck_after_s=self._parts.config.worker.stuck_after_s,
         )
         self._parts.journal.info("worker.starting", "a worker loads its engines", generation=number)
+        return number
 
     def _frame(self, number: int, frame: FromWorker) -> None:
         match frame:
@@ -278,6 +397,7 @@ class Conductor:
                 self._parts.journal.debug("worker.frame", str(frame), generation=number)
 
     def _worker_ready(self, ready: Ready) -> None:
+        change = self._change if self._change is not None and self._change.number == ready.generation else None
         usable: dict[str, tuple[str, ...]] = {one.name: () for one in self._parts.blueprints}
         for loaded in ready.engines:
             if loaded.golden_ok:
@@ -287,11 +407,36 @@ class Conductor:
                     "engine.unusable", loaded.error, service=loaded.service, engine=loaded.engine
                 )
         self._parts.journal.notice("worker.ready", "a worker is ready", generation=ready.generation, pid=ready.pid)
+        if change is not None:
+            self._change = None
+            self._put_on(change, usable)
         self._usable = usable
         self.handle(WorkerReady(ready.generation, usable))
+        if change is not None:
+            self.tell_birth()
+        waiting, self._until_ready = self._until_ready, []
+        for told in [*waiting, *([change.told] if change else [])]:
+            # not from inside the hand-over: it serves when this is heard
+            asyncio.get_running_loop().call_soon(told, "", "")
 
     def _worker_lost(self, number: int, reason: str) -> None:
+        change = self._change
+        if change is not None and number == change.number:
+            self._comer_lost(change, reason)
+            return
         self._parts.journal.error("worker.lost", f"worker {number} is gone: {reason}", generation=number)
         self.read_observations()  # what it did before it ended
         if not self._stopping:
             self.handle(WorkerLost(number, reason))
+            self.steering.worker_lost(reason)
+
+    def _comer_lost(self, change: _Change, reason: str) -> None:
+        """The worker that should take over ended before it was ready: an accident, until it happens again."""
+        self._parts.journal.warning("worker.lost", f"the worker of another selection is gone: {reason}")
+        change.losses += 1
+        if self._stopping:
+            return
+        if change.losses >= CRASH_LIMIT:
+            self._give_up_change("crashed", f"its worker ended {change.losses} times before it was ready: {reason}")
+        else:
+            self._start_change(change)

@@ -164,7 +164,50 @@ class OutboxSection(Section):
     keep_unheard: bool = Field(
         default=True, description="Keep what the broker acknowledged but had no subscriber for, and send it again."
     )
-    delete_after: Literal["puback"] = Field(default="puback", description="When a message leaves the outbox.")
+    delete_after: Literal["puback", "host"] = Field(
+        default="puback",
+        description="When a message leaves the outbox: taken by the broker, or committed by the host "
+        "(`host` takes effect once a host has enrolled this device or acknowledged something).",
+    )
+
+
+class UpdateSection(Section):
+    enabled: bool = Field(default=False, description="Obey a director's signed documents and commands.")
+    root: OptionalPath = Field(default="", description="The fleet's root.json, in which all trust begins.")
+    repository: str = Field(
+        default="",
+        pattern=r"^$|^https?://",
+        max_length=512,
+        description="Base URL that says who a director is; empty = the one enrolment or a desired document names.",
+    )
+    device_class: str = Field(
+        default="", max_length=64, description="Only artifacts made for this class are installed; empty = any."
+    )
+    window: str = Field(
+        default="",
+        pattern=r"^$|^([01][0-9]|2[0-3]):[0-5][0-9]-([01][0-9]|2[0-3]):[0-5][0-9]$",
+        description="HH:MM-HH:MM UTC in which an update may be tried and activated; empty = at any time.",
+    )
+    probation_s: float = Field(default=60.0, ge=0, le=604_800, description="How long a new model is watched.")
+    tls_ca: CaSource = Field(default="", description="CA certificates (PEM) for https, or `system`.")
+    max_artifact_bytes: int = Field(
+        default=1 << 30, ge=1024, le=1 << 40, description="Most bytes of one update that are fetched."
+    )
+
+
+class SamplesSection(Section):
+    allow: bool = Field(default=False, description="Upload recordings when a director asks by signed command.")
+    folder: OptionalPath = Field(default="", description="Folder of recordings (*.npz); the newest is offered.")
+    max_bytes: int = Field(
+        default=64 * 1024 * 1024, ge=1024, le=1 << 32, description="Larger recordings are never uploaded."
+    )
+
+
+class EnrolmentSection(Section):
+    url: str = Field(
+        default="", pattern=r"^$|^https?://", max_length=512, description="The host's /enrol; empty = not asked for."
+    )
+    token_file: OptionalPath = Field(default="", description="File holding the one-time token.")
 
 
 class AdminSection(Section):
@@ -209,6 +252,9 @@ class AgentConfig(Section):
     link: LinkSection = Field(default_factory=LinkSection)
     telemetry: TelemetrySection = Field(default_factory=TelemetrySection)
     outbox: OutboxSection = Field(default_factory=OutboxSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
+    samples: SamplesSection = Field(default_factory=SamplesSection)
+    enrolment: EnrolmentSection = Field(default_factory=EnrolmentSection)
     admin: AdminSection = Field(default_factory=AdminSection)
     worker: WorkerSection = Field(default_factory=WorkerSection)
     log: LogSection = Field(default_factory=LogSection)
@@ -270,6 +316,14 @@ def _check_sense(config: AgentConfig, settings: Settings) -> None:
         raise ConfigError("link.tls_cert and link.tls_key belong together", hint="Set both or none.")
     if config.fallback.failures > config.fallback.of_last:
         raise ConfigError("fallback.failures cannot be more than fallback.of_last")
+    if config.update.enabled and not Path(config.update.root).is_file():
+        raise ConfigError(
+            f"update.root names no file: '{config.update.root}'", hint="Copy the repository's 1.root.json there."
+        )
+    if config.samples.allow and not config.samples.folder:
+        raise ConfigError("samples.allow needs samples.folder")
+    if config.enrolment.url and not config.enrolment.token_file:
+        raise ConfigError("enrolment.url needs enrolment.token_file")
     for index, service in enumerate(config.service):
         for folder in (service.artifact, *service.fallbacks, *([Path(service.floor)] if service.floor else [])):
             if not (folder / MANIFEST).is_file():

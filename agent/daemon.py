@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +40,7 @@ class Daemon:
     async def run(self) -> None:
         """Serve until SIGTERM, SIGINT, or the terminal goes away."""
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(self._met_fault)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stopping.set)
         admin = Admin(self._parts.doors.admin, self)
@@ -78,23 +78,23 @@ class Daemon:
             try:
                 work()
             except Exception as error:  # noqa: BLE001 - serving goes on
-                self._note_fault(error)
+                self._conductor.note_fault(error)
 
     async def _keep_linked(self, link: Link) -> None:
         while not self._stopping.is_set():
             try:
                 await link.run()
             except Exception as error:  # noqa: BLE001 - as in _beat
-                self._note_fault(error)
+                self._conductor.note_fault(error)
                 await asyncio.sleep(TICK_S)
 
-    def _note_fault(self, error: Exception) -> None:
-        self._conductor.faults += 1
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        self._parts.journal.critical(
-            "agent.fault", f"a fault of the agent: {type(error).__name__}: {error}",
-            file=Path(where.filename).name, line=where.lineno or 0, count=self._conductor.faults,
-        )  # fmt: skip
+    def _met_fault(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A fault of ours in a callback or an unwatched task."""
+        error = context.get("exception")
+        if isinstance(error, Exception):
+            self._conductor.note_fault(error)
+        else:
+            loop.default_exception_handler(context)
 
     # --- the admin socket's desk ----------------------------------------------------------------------------
     def status(self) -> dict[str, Any]:
@@ -127,7 +127,9 @@ class Daemon:
 
     def _sources(self) -> page.Sources:
         conductor = self._conductor
-        return page.Sources(self._parts, conductor.generations, conductor.clock.now_s(), conductor.faults)
+        return page.Sources(
+            self._parts, conductor.generations, conductor.clock.now_s(), conductor.faults, conductor.steering.status()
+        )
 
 
 async def _cancel(tasks: list[asyncio.Task[None]]) -> None:

@@ -29,7 +29,10 @@ class Generations:
         first_number: int,
         on_frame: Callable[[int, FromWorker], None],
         on_lost: Callable[[int, str], None],
+        admits: Callable[[int, Ready], bool] = lambda _number, _ready: True,
     ) -> None:
+        """`admits`: asked before a ready generation takes over; False ends it, and the current one stays."""
+        self._admits = admits
         self._listeners = listeners
         self._intake = intake
         self._patience = patience
@@ -92,7 +95,11 @@ class Generations:
         if not isinstance(frame, Ready):
             self._on_frame(generation.number, frame)
         elif generation is self._incoming:
-            self._hand_over(generation, frame)
+            if self._admits(generation.number, frame):
+                self._hand_over(generation, frame)
+            else:
+                self._incoming = None
+                generation.kill("refused")
         else:
             generation.kill("superseded")
 

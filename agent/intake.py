@@ -1,4 +1,4 @@
-"""Observations of all living workers, in one sequence and with the engine numbers of the configuration.
+"""Observations of all living workers, in one sequence and with the engine numbers of the lineup that serves.
 
 Each generation has a ring of its own: two that overlap never write to the same memory, and a lineup from which an
 engine was left out keeps its own numbering. What is lost by overwriting is counted, never waited for.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.contract.plan import WorkerPlan
+from agent.contract.plan import EnginePlan, WorkerPlan
 from agent.observation import DEFAULT_SLOTS, NO_ENGINE, RECORD, RingReader, create_ring
 
 Records = NDArray[Any]
@@ -25,18 +25,18 @@ READ_AT_ONCE = 1024  # about 10 ms of reading: the event loop has other things t
 class _Source:
     reader: RingReader
     descriptor: int
-    engines: dict[
-        int, NDArray[np.uint8]
-    ]  # service -> number in this generation's plan -> number in the configuration
+    plan: WorkerPlan
+    engines: dict[int, NDArray[np.uint8]]  # service -> number in this generation's plan -> number in the lineup
     gaps: int = 0
     ended: bool = False
 
 
 class Intake:
-    """`lineups`: the engines of each service, in the order of the configuration. Owned by the event loop."""
+    """`lineups`: the engines of each service, best first. Owned by the event loop."""
 
     def __init__(self, lineups: Sequence[tuple[str, ...]], *, slots: int = DEFAULT_SLOTS) -> None:
         self._lineups = tuple(lineups)
+        self._digests: frozenset[str] | None = None  # None: engines are known by their names alone
         self._slots = slots
         self._sources: dict[int, _Source] = {}
         self._next = 0
@@ -46,9 +46,15 @@ class Intake:
     def open(self, plan: WorkerPlan) -> int:
         """A new ring for a generation; returns the descriptor its worker inherits, which stays ours to close."""
         descriptor = create_ring(self._slots)
-        maps = {index: self._map(index, service.engines) for index, service in enumerate(plan.services)}
-        self._sources[plan.generation] = _Source(RingReader(descriptor), descriptor, maps)
+        self._sources[plan.generation] = _Source(RingReader(descriptor), descriptor, plan, self._maps(plan))
         return descriptor
+
+    def renumber(self, lineups: Sequence[tuple[EnginePlan, ...]]) -> None:
+        """Other engines serve from now on; what replaced ones still answer counts as answered by no engine."""
+        self._lineups = tuple(tuple(plan.engine for plan in plans) for plans in lineups)
+        self._digests = frozenset(plan.digest for plans in lineups for plan in plans)
+        for source in self._sources.values():
+            source.engines = self._maps(source.plan)
 
     def close(self, generation: int) -> None:
         """Its worker has ended: what it left is still read, then the ring goes."""
@@ -80,10 +86,14 @@ class Intake:
             self._forget(generation)
 
     # --- inside ---------------------------------------------------------------------------------------------
-    def _map(self, index: int, engines: Sequence[Any]) -> NDArray[np.uint8]:
+    def _maps(self, plan: WorkerPlan) -> dict[int, NDArray[np.uint8]]:
+        return {index: self._map(index, service.engines) for index, service in enumerate(plan.services)}
+
+    def _map(self, index: int, engines: Sequence[EnginePlan]) -> NDArray[np.uint8]:
         numbers = np.full(256, NO_ENGINE, np.uint8)
         for number, plan in enumerate(engines):
-            numbers[number] = self._lineups[index].index(plan.engine)
+            if plan.engine in self._lineups[index] and (self._digests is None or plan.digest in self._digests):
+                numbers[number] = self._lineups[index].index(plan.engine)
         return numbers
 
     def _renumber(self, records: Records, source: _Source) -> Records:

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from agent.clock import monotonic_s, wall_s
 from agent.contract.errors import LinkError
 from agent.journal import Journal
 from agent.outbox import Outbox
-from agent.session import Broker, Flight, Refused, Session, Will
+from agent.session import Broker, Flight, Inbound, Refused, Session, Will
 from agent.store import Row
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.5, 60.0, 15.0
@@ -28,6 +29,8 @@ DENIED_TOPIC_S = 60.0
 BUSY_BROKER_S = 5.0
 
 FIRST_UNHEARD_S, LONGEST_UNHEARD_S = 1.0, 30.0
+
+MAX_ANSWERS = 16
 
 NO_SUBSCRIBER = 0x10  # a success for MQTT, but the broker has thrown the message away
 NOT_AUTHORIZED = 0x87
@@ -57,12 +60,15 @@ class Link:
         self._stopping = asyncio.Event()
         self._documents: dict[str, bytes] = {}
         self._unannounced: dict[str, bytes] = {}
+        self._answers: deque[tuple[str, bytes, bytes]] = deque(maxlen=MAX_ANSWERS)
+        self._filters: tuple[str, ...] = ()
+        self._on_inbound: Callable[[Inbound], None] | None = None
         self._denied: dict[str, float] = {}  # topic -> monotonic time of the next try
         self._busy_until_s = 0.0
         self._keep_unheard = keep_unheard
         self._unheard_pause_s = 0.0  # 0 = somebody listens, or we do not know
         self._state, self._since, self._error = "connecting", wall_s(), ""
-        self._counters = dict.fromkeys(("connects", "losses", "published", "too_large", "stuck"), 0)
+        self._counters = dict.fromkeys(("connects", "losses", "published", "received", "too_large", "stuck"), 0)
         self._refusals: Counter[str] = Counter()
 
     async def run(self) -> None:
@@ -91,6 +97,15 @@ class Link:
             session.leave()
         self._stopping.set()
 
+    def listen(self, filters: Sequence[str], on_inbound: Callable[[Inbound], None]) -> None:
+        """Subscribe with every connection from the next on; `on_inbound` hears what comes."""
+        self._filters, self._on_inbound = tuple(filters), on_inbound
+
+    def answer(self, topic: str, body: bytes, correlation: bytes) -> None:
+        """Send once, when there is a connection; of many that wait the oldest are forgotten."""
+        self._answers.append((topic, body, correlation))
+        self.pump()
+
     def announce(self, topic: str, body: bytes) -> None:
         """Keep `body` as the retained document of `topic`, now and after every reconnect."""
         if self._documents.get(topic) != body:
@@ -105,6 +120,7 @@ class Link:
         now_s = monotonic_s()
         self._denied = {topic: until_s for topic, until_s in self._denied.items() if until_s > now_s}
         self._send_documents(session)
+        self._send_answers(session)
         # while nobody listens one message at a time asks whether somebody does
         window = 1 if self._unheard_pause_s else session.window
         room = window - len(session.flights)
@@ -133,7 +149,10 @@ class Link:
     # --- inside ---------------------------------------------------------------------------------------------
     async def _one_session(self) -> float:
         """Connect, serve until the end; returns how long it lasted, seconds. Raises: LinkError."""
-        session = Session(self._broker, self._will, on_taken=self._taken)
+        session = Session(
+            self._broker, self._will, on_taken=self._taken, filters=self._filters, on_inbound=self._arrived,
+            on_refused=self._not_subscribed,
+        )  # fmt: skip
         await session.open()
         started_s = monotonic_s()
         self._session = session
@@ -143,6 +162,7 @@ class Link:
             "link.connected", "connected to the broker", broker=f"{self._broker.host}:{self._broker.port}"
         )
         self._unannounced = dict(self._documents)
+        self._outbox.send_again()
         try:
             while not session.closed.is_set():
                 session.tend()
@@ -164,6 +184,21 @@ class Link:
                 session.publish(topic, body, row=None, retain=True)
             else:
                 self._drop_too_large(topic, body)
+
+    def _send_answers(self, session: Session) -> None:
+        while self._answers and len(session.flights) < session.window:
+            topic, body, correlation = self._answers.popleft()
+            if session.fits(topic, body):
+                session.publish(topic, body, row=None, retain=False, correlation=correlation)
+
+    def _arrived(self, inbound: Inbound) -> None:
+        self._counters["received"] += 1
+        if self._on_inbound is not None:
+            self._on_inbound(inbound)
+
+    def _not_subscribed(self) -> None:
+        self._error = "the broker does not let this device hear its director"
+        self._journal.error("link.denied", self._error, topic=", ".join(self._filters))
 
     def _send_row(self, session: Session, row: Row) -> None:
         if session.fits(row.topic, row.body):
@@ -234,7 +269,7 @@ class Link:
         self._error = error
 
     def _has_work(self, session: Session) -> bool:
-        return bool(self._unannounced or session.flights or self._outbox.statistics()["rows"])
+        return bool(self._unannounced or self._answers or session.flights or self._outbox.unsent())
 
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -128,16 +128,16 @@ class Monitor:
         if self._budget:
             self._budget.reset()
 
-    def announce(self) -> list[Event]:
+    def announce(self, *, since: str = "the restart") -> list[Event]:
         """Raise again what is raised, for a supervisor that does not know it."""
         events: list[Event] = []
         for kind, channels in self._guards.statistics().items():
             if channels:
-                text = f"{', '.join(channels)}: {kind}, as before the restart"
+                text = f"{', '.join(channels)}: {kind}, as before {since}"
                 events.append(self._alarm(Finding(kind, raised=True, channels=channels, text=text)))
         if self._regimes and self._regimes.raised:
             channels = tuple(self._regimes.state()["raised"])
-            text = "the input is outside every known regime, as before the restart"
+            text = f"the input is outside every known regime, as before {since}"
             events.append(self._alarm(Finding("drift", raised=True, channels=channels, text=text)))
         return events
 

@@ -1,14 +1,15 @@
 """Store-and-forward: what the device has to tell waits here, on disk, until a broker has taken it.
 
-Promises: sequence numbers without gaps per boot; a message leaves only when it was taken (`settle`), is too old,
-can never be taken (`refuse`) or has to make room; what makes room is the oldest of the least important
-class; everything dropped is counted. On a full disk a bounded number of messages waits in memory.
+Promises: sequence numbers without gaps per boot; a message leaves only when it was taken (`settle`; once a host is
+followed, only when that host has it: `acknowledge`), is too old, can never be taken (`refuse`) or has to make room;
+what makes room is the oldest of the least important class; everything dropped is counted. On a full disk a bounded
+number of messages waits in memory.
 Leaves to others: sending (`agent.link`) and bytes on disk (`agent.store`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from enum import StrEnum
 
@@ -17,6 +18,7 @@ from agent.store import Row, Store
 
 HELD_MESSAGES = 256
 GONE_MESSAGES = 1000  # finished on a disk too full to forget them; sending pauses beyond
+TAKEN_MESSAGES = 1000  # sent and not acknowledged; beyond, sending waits for the host
 ROW_OVERHEAD_BYTES = 96  # what table and index take beside the payload, generously
 
 
@@ -39,6 +41,8 @@ class Outbox:
         self._max_bytes = max_bytes
         self._next_seq = 1
         self._held: dict[int, Row] = {}  # not on disk; ids below zero
+        self.follows_host = False
+        self._taken: dict[int, tuple[str, int]] = {}  # the broker has them, the host has not committed them yet
         self._gone: set[int] = set()  # finished, but the full disk could not forget them yet
         self._count, self._bytes, self._oldest_at = store.outbox_totals()
         self._counters = dict.fromkeys(("put", "settled", "expired", "refused", "storage_errors"), 0)
@@ -67,20 +71,41 @@ class Outbox:
         `skip_ids`: already on their way. `skip_topics`: refused by the broker for the time being.
         """
         self.tidy(now, skip_ids=skip_ids)
-        if len(self._gone) > GONE_MESSAGES:
+        if len(self._gone) > GONE_MESSAGES or len(self._taken) > TAKEN_MESSAGES:
             return []
         held = [row for row in self._held.values() if row.id not in skip_ids and row.topic not in skip_topics]
         try:
-            stored = self._store.rows(limit, skip_ids={*skip_ids, *self._gone}, skip_topics=skip_topics)
+            stored = self._store.rows(limit, skip_ids={*skip_ids, *self._gone, *self._taken}, skip_topics=skip_topics)
         except StorageError:
             self._counters["storage_errors"] += 1
             stored = []
         return sorted([*stored, *held], key=lambda row: row.priority)[:limit]
 
     def settle(self, row: Row) -> None:
-        """The broker has taken it."""
+        """The broker has taken it. While a host is followed a stored message stays until that host has it."""
         self._counters["settled"] += 1
-        self._finish(row)
+        if self.follows_host and row.id > 0:
+            self._taken[row.id] = row.boot, row.seq
+        else:
+            self._finish(row)
+
+    def follow_host(self) -> None:
+        """From now on only `acknowledge` removes what the broker took."""
+        self.follows_host = True
+
+    def acknowledge(self, committed: Mapping[str, int]) -> None:
+        """A host has committed, per boot, every message up to this number. What was not sent yet stays."""
+        done = {id_ for id_, (boot, seq) in self._taken.items() if seq <= committed.get(boot, 0)}
+        if done and self._forget(done):
+            self._taken = {id_: mark for id_, mark in self._taken.items() if id_ not in done}
+
+    def send_again(self) -> None:
+        """A new connection: what the host has not acknowledged is sent once more; it knows what it has."""
+        self._taken.clear()
+
+    def unsent(self) -> int:
+        """Messages that no broker has taken yet."""
+        return max(self._count + len(self._held) - len(self._gone) - len(self._taken), 0)
 
     def refuse(self, row: Row) -> None:
         """No broker will ever take it."""
@@ -99,12 +124,15 @@ class Outbox:
             self._expire(now)
 
     def statistics(self) -> dict[str, float]:
-        """Flat numbers. `held`: messages that wait in memory because the disk is full."""
+        """Flat numbers. `held`: messages that wait in memory because the disk is full; `taken`: sent, the host has
+        not committed them yet.
+        """
         return {
             "rows": self._count + len(self._held) - len(self._gone),
             "bytes": self._bytes,
             "max_bytes": self._max_bytes,
             "held": len(self._held),
+            "taken": len(self._taken),
             "next_seq": self._next_seq,
             **self._counters,
             "dropped": sum(self._dropped.values()),

@@ -11,6 +11,7 @@ from agent.blueprint import Blueprint
 from agent.clock import iso, wall_s
 from agent.decisions import fallback, health
 from agent.decisions.events import AlarmKind
+from agent.decisions.updates import State
 from agent.generation import Phase
 from agent.generations import Generations
 from agent.journal import Line
@@ -22,12 +23,15 @@ UNANSWERED = ("error", "deadline", "overloaded")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What is shown: the parts, the workers, the decision clock and how often the agent itself was at fault."""
+    """What is shown: the parts, the workers, the decision clock, how often the agent itself was at fault, and how
+    updates stand (as `agent.steering` says).
+    """
 
     parts: Parts
     generations: Generations
     decision_time_s: float
     faults: int
+    update: Mapping[str, Any]
 
 
 def status(sources: Sources) -> dict[str, Any]:
@@ -52,6 +56,7 @@ def status(sources: Sources) -> dict[str, Any]:
         "clock": {"source": config.clock.source, "now_s": sources.decision_time_s},
         "worker": worker(sources),
         "services": [service(sources, blueprint) for blueprint in sources.parts.blueprints],
+        "update": dict(sources.update),
         "ring": sources.parts.intake.statistics(),
         "power": power(sources),
         **_vital_signs(sources),
@@ -180,6 +185,7 @@ def samples(sources: Sources) -> Iterator[Sample]:
     yield Sample("edgewarden_outbox_messages", outbox["rows"])
     yield Sample("edgewarden_outbox_bytes", outbox["bytes"])
     yield Sample("edgewarden_outbox_dropped_total", outbox["dropped"] + outbox["expired"] + outbox["refused"])
+    yield from _update_samples(sources.update)
     if sources.parts.link:
         yield Sample("edgewarden_link_up", float(sources.parts.link.statistics()["state"] == "connected"))
 
@@ -207,6 +213,19 @@ def _service_samples(sources: Sources, blueprint: Blueprint) -> Iterator[Sample]
     raised = {alarm["kind"] for alarm in decided["alarms"]}
     for kind in AlarmKind:
         yield Sample("edgewarden_alarm", float(kind.value in raised), {**name, "kind": kind.value})
+
+
+def _update_samples(update: Mapping[str, Any]) -> Iterator[Sample]:
+    for code, count in update["orders"]["refused"].items():
+        yield Sample("edgewarden_refused_documents_total", count, {"code": code})
+    if update["state"] == "off":
+        return
+    yield from one_of("edgewarden_update_state", (one.value for one in State), update["state"], "state", {})
+    yield Sample("edgewarden_update_desired_version", update["desired_version"])
+    yield Sample("edgewarden_update_attempts", update["attempt"])
+    yield Sample("edgewarden_update_moved_bytes", update["moved_bytes"])
+    yield Sample("edgewarden_update_waits", float(bool(update["waiting"]["code"])))
+    yield Sample("edgewarden_update_store_bytes", update["numbers"].get("blob_bytes"))
 
 
 def _device_samples(sources: Sources) -> Iterator[Sample]:

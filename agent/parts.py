@@ -14,16 +14,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.blueprint import Blueprint, draw_up
+from agent.blueprint import Blueprint
 from agent.clock import wall_s
 from agent.config import AgentConfig, LinkSection
 from agent.contract.errors import ConfigError, EdgewardenError, StateUnreadable
 from agent.contract.messages import Status
 from agent.decisions.supervisor import Supervisor
+from agent.decisions.updates import Selection
+from agent.equipment import Depot, Equipment
 from agent.intake import Intake
 from agent.journal import Journal
 from agent.link import Link
 from agent.monitor import DeviceMonitor, Monitor
+from agent.ota.installer import Installer, Site
+from agent.ota.slots import POINTER, Pointer, Slots
 from agent.outbox import Outbox
 from agent.session import Broker, Will, make_tls
 from agent.sockets import listen_tcp, listen_unix
@@ -51,18 +55,22 @@ class Doors:
             path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Parts:
-    """Everything that lives as long as the agent, but its workers."""
+    """Everything that lives as long as the agent, but its workers. Owned by the event loop.
+
+    `equipment` alone is replaced, by an update; `installer` None: this device is not updated.
+    """
 
     config: AgentConfig
     config_file: Path
     journal: Journal
     notifier: Notifier
     store: Store
-    blueprints: tuple[Blueprint, ...]
-    supervisor: Supervisor
-    monitors: Mapping[str, Monitor]
+    depot: Depot
+    installer: Installer | None
+    equipment: Equipment
+    problems: tuple[str, ...]  # why something better does not serve
     device_monitor: DeviceMonitor
     vitals: Vitals
     outbox: Outbox
@@ -71,6 +79,18 @@ class Parts:
     doors: Doors
     process_id: int = field(default_factory=os.getpid)
     started_at: float = field(default_factory=wall_s)
+
+    @property
+    def blueprints(self) -> tuple[Blueprint, ...]:
+        return self.equipment.blueprints
+
+    @property
+    def supervisor(self) -> Supervisor:
+        return self.equipment.supervisor
+
+    @property
+    def monitors(self) -> Mapping[str, Monitor]:
+        return self.equipment.monitors
 
     def close(self) -> None:
         self.doors.close()
@@ -97,8 +117,11 @@ def _build(
     config: AgentConfig, config_file: Path, journal: Journal, environment: Mapping[str, str], store: Store
 ) -> Parts:
     manager = read_environment(environment, process_id=os.getpid())
-    blueprints = draw_up(config)
-    supervisor = _make_supervisor(blueprints, store, journal)
+    slots, pointer = _read_slots(config, journal)
+    depot = Depot(config, slots)
+    selection, blueprints, problems = depot.settle(pointer)
+    installer = _make_installer(config, depot) if config.update.enabled else None
+    equipment = _first_equipment(selection, blueprints, store, journal)
     budget = config.budget
     outbox = Outbox(
         store, boot=uuid.uuid4().hex[:12], max_bytes=config.outbox.max_bytes, max_age_s=config.outbox.max_age_s
@@ -109,11 +132,12 @@ def _build(
         journal=journal,
         notifier=Notifier(environment),
         store=store,
-        blueprints=blueprints,
-        supervisor=supervisor,
-        monitors={one.name: _make_monitor(one, store, journal) for one in blueprints},
+        depot=depot,
+        installer=installer,
+        equipment=equipment,
+        problems=tuple(problems),
         device_monitor=DeviceMonitor(
-            supervisor.services,
+            equipment.supervisor.services,
             power_w=budget.power_w,
             temperature_c=budget.temperature_c,
             memory_bytes=budget.memory_bytes,
@@ -124,6 +148,35 @@ def _build(
         intake=Intake([one.monitor.engines for one in blueprints]),
         doors=_open_doors(config, manager),
     )
+
+
+def _read_slots(config: AgentConfig, journal: Journal) -> tuple[Slots | None, Pointer]:
+    """What was installed here; a device that was never updated keeps no folders for it."""
+    if not config.update.enabled and not (config.state.folder / POINTER).exists():
+        return None, Pointer()
+    slots = Slots(config.state.folder)
+    try:
+        return slots, slots.pointer()
+    except StateUnreadable as error:
+        journal.error("update.pointer", f"serving what is configured: {error.sentence()}")
+        return slots, Pointer()
+
+
+def _make_installer(config: AgentConfig, depot: Depot) -> Installer:
+    update = config.update
+    return Installer(
+        Site(
+            config.device.id, config.state.folder, Path(update.root), device_class=update.device_class,
+            tls_ca=update.tls_ca, factory=depot.factory, max_artifact_bytes=update.max_artifact_bytes,
+        )
+    )  # fmt: skip
+
+
+def _first_equipment(
+    selection: Selection, blueprints: tuple[Blueprint, ...], store: Store, journal: Journal
+) -> Equipment:
+    monitors = {one.name: _make_monitor(one, store, journal) for one in blueprints}
+    return Equipment(selection, blueprints, _make_supervisor(blueprints, store, journal), monitors)
 
 
 def _make_supervisor(blueprints: tuple[Blueprint, ...], store: Store, journal: Journal) -> Supervisor:

@@ -6,20 +6,21 @@ nothing is queued: there is nobody to tell. What is worth saying is decided else
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from agent import VERSION
 from agent.clock import wall_s
-from agent.contract.messages import Birth, Event, Reported, Status, Telemetry
+from agent.contract.messages import FORMAT, Birth, Event, Reported, Status, Telemetry
 from agent.contract.topics import Topics
 from agent.decisions.events import Publish
 from agent.link import Link
 from agent.outbox import Outbox, Priority
 from agent.sensors.device import DeviceInfo
 
-CAPABILITIES = ("serve", "drift", "fallback", "guard", "power", "outbox")
+CAPABILITIES = ("serve", "drift", "fallback", "guard", "power", "outbox")  # of every agent
 MAX_TEXT = 500
 
 
@@ -36,8 +37,10 @@ class Reporter:
         document = Status(device=self._topics.device, boot=self._outbox.boot, state=state, reason=reason, at=wall_s())
         self._announce(self._topics.status, document.encode())
 
-    def birth(self, info: DeviceInfo, *, runtime: str, artifacts: Mapping[str, str]) -> None:
-        """What this device is and carries; `artifacts`: engine -> manifest digest."""
+    def birth(
+        self, info: DeviceInfo, *, runtime: str, artifacts: Mapping[str, str], capabilities: Iterable[str] = ()
+    ) -> None:
+        """What this device is and carries; `artifacts`: engine -> manifest digest; `capabilities`: further ones."""
         document = Birth(
             device=self._topics.device,
             boot=self._outbox.boot,
@@ -48,17 +51,23 @@ class Reporter:
             system=info.system,
             cpu_flags=list(info.cpu_flags),
             memory_bytes=info.memory_bytes,
-            capabilities=list(CAPABILITIES),
+            capabilities=[*CAPABILITIES, *capabilities],
             artifacts=dict(artifacts),
         )
         self._announce(self._topics.birth, document.encode())
 
-    def reported(self, services: Mapping[str, Mapping[str, Any]]) -> None:
-        """What runs now."""
-        document = Reported(
-            device=self._topics.device, boot=self._outbox.boot, at=wall_s(), services=_finite(services)
-        )
+    def reported(self, services: Mapping[str, Mapping[str, Any]], update: Mapping[str, Any] | None = None) -> None:
+        """What runs now; `update`: how far the last desired document got, as in `messages.Reported`."""
+        head = {"device": self._topics.device, "boot": self._outbox.boot, "at": wall_s()}
+        document = Reported.model_validate({**head, "services": _finite(services), **(update or {})})
         self._announce(self._topics.reported, document.encode())
+
+    def answer(self, op: str, fields: Mapping[str, Any], correlation: bytes) -> None:
+        """Answer a command."""
+        if self._link is not None:
+            document = {"v": FORMAT, "device": self._topics.device, "op": op, "at": wall_s(), **_finite(fields)}
+            body = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+            self._link.answer(self._topics.response(op), body, correlation)
 
     def event(self, said: Publish, *, decision_time_s: float) -> None:
         """Queue one event; all but plain information is an alarm in the outbox's eyes."""

@@ -18,6 +18,11 @@ OF_HEALTH = {"healthy": "green", "degraded": "yellow", "failing": "red"}
 OF_SEVERITY = {"critical": "red", "error": "red", "warning": "yellow"}
 OF_LINK = {"connected": "green", "waiting": "yellow", "connecting": "yellow", "refused": "red"}
 
+OF_UPDATE = {
+    "committed": "green", "deferred": "yellow", "probation": "yellow", "rolling_back": "yellow", "rejected": "red",
+    "failed": "red", "rolled_back": "red", "quarantined": "red",
+}  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -40,7 +45,13 @@ def draw(status: Document, look: Look) -> str:
     lines = [*_head(status, look), ""]
     for service in status["services"]:
         lines += [*_service(service, status["clock"], look), ""]
-    lines += [*_device(status, look), *_link(status, look), "", *_events(status["events"], look)]
+    lines += [
+        *_device(status, look),
+        *_link(status, look),
+        *_update(status["update"], look),
+        "",
+        *_events(status["events"], look),
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -181,6 +192,33 @@ def _link(status: Document, look: Look) -> Iterator[str]:
     yield _row("outbox", text + " · " + look.paint(f"{dropped:,} dropped", "red" if dropped else ""))
     if outbox["held"]:
         yield _row("", look.paint(f"the disk is full: {int(outbox['held'])} messages wait in memory", "red"))
+
+
+def _update(update: Document, look: Look) -> Iterator[str]:
+    orders = update["orders"]
+    if update["state"] == "off":
+        yield _row("update", "off (update.enabled = false)")
+        return
+    state = look.paint(update["state"].replace("_", " "), OF_UPDATE.get(update["state"], ""))
+    moved = f" · {size(update['moved_bytes'])} moved" if update["moved_bytes"] else ""
+    attempt = f" · attempt {update['attempt']}" if update["attempt"] > 1 else ""
+    desired = f"desired version {update['desired_version']}: " if update["desired_version"] else ""
+    yield _row("update", f"{desired}{state}{_journey(update)}{moved}{attempt}")
+    if update["code"]:
+        yield _row("", look.paint(look.cut(f"{update['code']}: {update['text']}"), "yellow"))
+    elif update["waiting"]["code"]:
+        yield _row("", look.paint(look.cut(f"waits: {update['waiting']['text']}"), "yellow"))
+    if orders["refused"]:
+        counts = ", ".join(f"{count} {code}" for code, count in sorted(orders["refused"].items()))
+        yield _row("", look.paint(f"refused documents: {counts}", "yellow"))
+
+
+def _journey(update: Document) -> str:
+    parts = [
+        f"{update['from'].get(service, '-')} -> {label}" if update["from"].get(service) != label else label
+        for service, label in update["to"].items()
+    ]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _events(events: list[Document], look: Look) -> Iterator[str]:

@@ -16,15 +16,16 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from paho.mqtt.client import Client, ConnectFlags, MQTTMessageInfo, MQTTv5
+from paho.mqtt.client import Client, ConnectFlags, MQTTMessage, MQTTMessageInfo, MQTTv5
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from paho.mqtt.reasoncodes import ReasonCode
+from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from agent.clock import monotonic_s
 from agent.contract.errors import ConfigError, LinkError
@@ -34,6 +35,7 @@ WINDOW = 20
 WILL_DELAY_S = 30
 SESSION_EXPIRY_S = 300  # longer than the will's delay, else a lost session sends the will at once
 MAX_INBOUND_BYTES = 1024 * 1024
+MAX_CORRELATION_BYTES = 128
 PACKET_OVERHEAD_BYTES = 64  # fixed header, lengths and our properties
 CONNECT_TIMEOUT_S = 5.0
 CONNACK_TIMEOUT_S = 10.0
@@ -83,6 +85,15 @@ def make_tls(*, ca: str, certificate: str, key: str) -> ssl.SSLContext | None:
     return context
 
 
+@dataclass(frozen=True, slots=True)
+class Inbound:
+    """What the broker brought. `correlation`: what an answer has to carry, b"" = nothing."""
+
+    topic: str
+    payload: bytes
+    correlation: bytes = b""
+
+
 @dataclass(slots=True)
 class Flight:
     """One message on its way; `row` None = a retained document."""
@@ -96,9 +107,22 @@ class Flight:
 class Session:
     """One connection from CONNECT to its end, on the running event loop."""
 
-    def __init__(self, broker: Broker, will: Will | None, *, on_taken: Callable[[Flight, int], None]) -> None:
+    def __init__(
+        self,
+        broker: Broker,
+        will: Will | None,
+        *,
+        on_taken: Callable[[Flight, int], None],
+        filters: Sequence[str] = (),
+        on_inbound: Callable[[Inbound], None] | None = None,
+        on_refused: Callable[[], None] | None = None,
+    ) -> None:
+        """`filters`: what is subscribed to; `on_inbound` hears it, `on_refused` that the broker forbids it."""
         self._broker = broker
         self._on_taken = on_taken
+        self._filters = tuple(filters)
+        self._on_inbound = on_inbound
+        self._on_refused = on_refused
         self._loop = asyncio.get_running_loop()
         self._attached: socket.socket | None = None
         self._connack: asyncio.Future[None] = self._loop.create_future()
@@ -136,12 +160,16 @@ class Session:
             self.close("not connected")
             raise
 
-    def publish(self, topic: str, body: bytes, *, row: Row | None, retain: bool, expiry_s: int = 0) -> None:
+    def publish(
+        self, topic: str, body: bytes, *, row: Row | None, retain: bool, expiry_s: int = 0, correlation: bytes = b""
+    ) -> None:
         properties = Properties(PacketTypes.PUBLISH)  # type: ignore[no-untyped-call]
         properties.PayloadFormatIndicator = 1
         properties.ContentType = "application/json"
         if expiry_s:
             properties.MessageExpiryInterval = expiry_s
+        if correlation:
+            properties.CorrelationData = correlation
         with self._guarded():
             sent: MQTTMessageInfo = self._client.publish(topic, body, qos=1, retain=retain, properties=properties)
             if sent.rc == MQTTErrorCode.MQTT_ERR_SUCCESS:
@@ -197,6 +225,8 @@ class Session:
         client.on_connect = self._connected
         client.on_disconnect = self._disconnected
         client.on_publish = self._published
+        client.on_message = self._arrived
+        client.on_subscribe = self._subscribed
         client.on_socket_register_write = lambda *_: self._watch_writes()
         client.on_socket_unregister_write = lambda *_: self._unwatch_writes()
         client.on_socket_close = lambda *_: self._detach()
@@ -226,11 +256,25 @@ class Session:
             return
         self.maximum_packet_bytes = getattr(granted, "MaximumPacketSize", 0)
         self.window = min(WINDOW, getattr(granted, "ReceiveMaximum", WINDOW))
+        if self._filters:
+            options = SubscribeOptions(qos=1)
+            self._client.subscribe([(one, options) for one in self._filters])
         if not self._connack.done():
             self._connack.set_result(None)
 
     def _disconnected(self, _client: Client, _data: Any, _flags: Any, reason: ReasonCode, _granted: Any) -> None:
         self._loop.call_soon(self.close, str(reason))  # not from inside paho, which still holds its locks
+
+    def _subscribed(self, _client: Client, _data: Any, _mid: int, reasons: Any, _properties: Any) -> None:
+        if any(reason.is_failure for reason in reasons) and self._on_refused is not None:
+            self._loop.call_soon(self._on_refused)
+
+    def _arrived(self, _client: Client, _data: Any, message: MQTTMessage) -> None:
+        if self._on_inbound is None or len(message.payload) > MAX_INBOUND_BYTES:
+            return
+        correlation = getattr(message.properties, "CorrelationData", b"")[:MAX_CORRELATION_BYTES]
+        inbound = Inbound(message.topic, bytes(message.payload), correlation)
+        self._loop.call_soon(self._on_inbound, inbound)  # not from inside paho, which still holds its locks
 
     def _published(self, _client: Client, _data: Any, mid: int, reason: ReasonCode, _properties: Any) -> None:
         flight = self.flights.pop(mid, None)

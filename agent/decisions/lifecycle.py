@@ -43,6 +43,7 @@ from agent.decisions.updates import (
     digests,
 )
 
+DAY_S = 86_400.0
 MAX_STEPS = 28
 STEPS_BEFORE_SWAP = 20  # leaves room for a swap, its restarts and the way back
 MAX_QUARANTINED = 64
@@ -131,6 +132,7 @@ class Limits:
     restarts: int = 3  # in one state before the swap
     trial_restarts: int = 2  # a model whose trial takes the machine down this often is bad
     probation_restarts: int = 2
+    window_s: tuple[float, float] | None = None  # of the day; outside, what is staged waits. None = at any time
 
 
 class Lifecycle:
@@ -244,13 +246,25 @@ class Lifecycle:
 
     def _is_due(self, now_s: float) -> bool:
         update = self.update
-        if update.state in {PL, ST}:
-            return True  # a maintenance window would be asked for here
+        if update.state is ST:
+            return self._is_open(now_s)
+        if update.state is PL:
+            return True
         if update.state is PR:
             return update.swapped and now_s - update.since_s >= self.limits.probation_s
         if update.state in RESTING and update.waiting is not None:
             return True
         return (update.state is DE or self._is_worth_another_try()) and now_s >= update.retry_at_s
+
+    def _is_open(self, now_s: float) -> bool:
+        """Whether the maintenance window is open; one that ends before it begins goes over midnight."""
+        if self.limits.window_s is None:
+            return True
+        begin_s, end_s = self.limits.window_s
+        of_day_s = now_s % DAY_S
+        if begin_s <= end_s:
+            return begin_s <= of_day_s < end_s
+        return of_day_s >= begin_s or of_day_s < end_s
 
     def _deadline_s(self) -> float | None:
         update, limits = self.update, self.limits
@@ -326,7 +340,7 @@ class Lifecycle:
             return [self._effect()]
         commands: list[UpdateCommand] = [PersistUpdate(self.update.document())]
         if row.state is not before.state or signal is Signal.RESTARTED:
-            commands.append(self._report())
+            commands.append(self.report())
         if row.acts:
             commands.append(self._effect())
         return commands
@@ -342,7 +356,7 @@ class Lifecycle:
             update, state=PL, target=target, waiting=None, tries=tries, since_s=now_s, began_s=began_s, steps=1,
             attempts=0, restarts=0, moved_bytes=0, swapped=False, code="", text="", ticket=update.ticket + 1,
         )  # fmt: skip
-        commands: list[UpdateCommand] = [PersistUpdate(self.update.document()), self._report()]
+        commands: list[UpdateCommand] = [PersistUpdate(self.update.document()), self.report()]
         if target.services == update.installed:
             return commands + self._step(Signal.DONE, now_s)
         known_bad = sorted(target.digests() & set(update.quarantined))
@@ -406,7 +420,8 @@ class Lifecycle:
             case _:
                 return Commit(update.ticket, target, update.previous or {})
 
-    def _report(self) -> Report:
+    def report(self) -> Report:
+        """How far it is."""
         update = self.update
         version = update.target.version if update.target else 0
         return Report(version, update.state, update.code, update.text, update.attempts, update.moved_bytes)

@@ -8,6 +8,7 @@ below its floor, or a repository signed far in our future, means that freshness 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +58,7 @@ class Verdict:
 
 
 class Authority:
-    """The one place that knows what is trusted. Blocking; owned by the thread that executes updates."""
+    """The one place that knows what is trusted. Blocking; any thread may ask, one after the other."""
 
     def __init__(
         self, folder: Path, root: Path, *, tls_ca: str = "", timeout_s: float = 60.0,
@@ -70,6 +71,7 @@ class Authority:
         self._timeout_s = timeout_s
         self._limits = limits
         self._refreshes = self._refusals = 0
+        self._lock = threading.Lock()  # marks are read, judged with and written by one at a time
         make_folder(folder)
 
     def consult(
@@ -90,6 +92,12 @@ class Authority:
             ResourceLimit, Crashed: the child did not survive it.
             DiskFull, StorageError, StateUnreadable: our own files.
         """
+        with self._lock:
+            return self._consult(repository, wall_s, manifests, families)
+
+    def _consult(
+        self, repository: str, wall_s: float, manifests: Iterable[tuple[str, str]], families: Iterable[str]
+    ) -> Verdict:
         self._refusals += 1
         marks = self.marks()
         now_s = judge_clock(wall_s, marks.floor_s)

@@ -1,4 +1,4 @@
-"""One bounded HTTP GET with Range; everything that can go wrong on the way is Unavailable.
+"""One bounded HTTP exchange: a GET with Range, or a body that is sent; what goes wrong on the way is Unavailable.
 
 No redirects, no proxies, no cookies: a captive portal's answer is a status we do not know. The body's length is
 whatever comes; the caller bounds it by what is signed.
@@ -10,14 +10,16 @@ import contextlib
 import http.client
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from agent import clock
 from agent.contract.errors import ConfigError, Unavailable
 
 CHUNK_BYTES = 64 * 1024
+MAX_ANSWER_BYTES = 64 * 1024  # of what is said about a sent body
 _RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
 _FOREIGN = (OSError, http.client.HTTPException)
 
@@ -61,6 +63,42 @@ def get(
             raise _unavailable(url, error) from None
         with contextlib.closing(response):
             yield _answer(response, url, until_s)
+
+
+def send(
+    method: str, url: str, body: BinaryIO, size: int, *, headers: Mapping[str, str], until_s: float,
+    timeout_s: float = 10.0, tls: ssl.SSLContext | None = None,
+) -> tuple[int, bytes]:  # fmt: skip
+    """Send `size` bytes of `body`; returns the status and the first MAX_ANSWER_BYTES of the answer.
+
+    Raises:
+        Unavailable: no connection, no answer in time, or not HTTP.
+    """
+    connection, path = _connection(url, timeout_s, tls)
+    with contextlib.closing(connection):
+        try:
+            connection.putrequest(method, path, skip_accept_encoding=True)
+            for name, value in {"User-Agent": "edgewarden", "Content-Length": str(size), **headers}.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            _send_body(connection, url, body, size, until_s)
+            response = connection.getresponse()
+            return response.status, response.read(MAX_ANSWER_BYTES)
+        except (*_FOREIGN, ValueError) as error:
+            raise _unavailable(url, error) from None
+
+
+def _send_body(connection: http.client.HTTPConnection, url: str, body: BinaryIO, size: int, until_s: float) -> None:
+    """A server that has heard enough may answer and close early: its answer says why."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        while size > 0:
+            if clock.monotonic_s() > until_s:
+                raise Unavailable(f"sending to {url} was too slow")
+            chunk = body.read(min(CHUNK_BYTES, size))
+            if not chunk:
+                raise ValueError("the file became shorter")
+            connection.send(chunk)
+            size -= len(chunk)
 
 
 def _connection(url: str, timeout_s: float, tls: ssl.SSLContext | None) -> tuple[http.client.HTTPConnection, str]:

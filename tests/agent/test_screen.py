@@ -39,6 +39,11 @@ STATUS: dict[str, Any] = {
     },
     "outbox": {"rows": 12, "bytes": 3000, "max_bytes": 16_000_000, "dropped": 0, "expired": 0, "refused": 0,
                "held": 0},
+    "update": {
+        "state": "deferred", "desired_version": 4, "code": "unavailable", "text": "cannot fetch: no route",
+        "attempt": 2, "moved_bytes": 2_000_000, "from": {"wrist": "wrist v3"}, "to": {"wrist": "wrist v4"},
+        "waiting": {"code": "", "text": ""}, "orders": {"refused": {"untrusted": 2}},
+    },
     "faults": 0,
     "events": [{"at": 0.0, "severity": "error", "event": "link.lost", "text": "the connection is lost"}],
 }  # fmt: skip
@@ -66,6 +71,8 @@ def test_the_screen_says_who_serves_and_why_and_what_is_wrong() -> None:
         "- · throttling unknown · CPU 25 %", "135 MB of agent and worker", "disk - free",
         "waiting · b:1883 (no TLS)", "connection lost: Server shutting down", "12 waiting, 3 kB of 16 MB",
         "00:00:00 link.lost: the connection is lost",
+        "desired version 4: deferred (wrist v3 -> wrist v4) · 2 MB moved · attempt 2",
+        "unavailable: cannot fetch: no route", "refused documents: 2 untrusted",
     ):  # fmt: skip
         assert words in screen
     assert "\033" not in screen
@@ -95,6 +102,9 @@ def test_it_fits_one_screen_and_keeps_its_width() -> None:
         ({"service": {"benched": {"wrist": "failed"}}}, "wrist v3 (resting)"),
         ({"power": {"measured": True, "source": "rapl", "scope": "package"}}, "measured by rapl, processor"),
         ({"thermal": {"temperature_c": 61.4, "zone": "cpu", "throttled": True}}, "61 °C (cpu) · throttled"),
+        ({"update": {"state": "off"}}, "off (update.enabled = false)"),
+        ({"update": {"code": "", "waiting": {"code": "clock_unknown", "text": "no time"}}}, "waits: no time"),
+        ({"update": {"to": {"wrist": "wrist v3"}}}, "deferred (wrist v3)"),
         ({"clock": {"source": "data"}}, "a fallback, next check"),
     ],
 )
