@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.contract.artifact import sha256
 from agent.engine import OnnxEngine
 from compressor.cache import Cache, stage_key
 from compressor.candidate import Candidate, Latency, Variant
 from compressor.corruptions import Windows
+from compressor.enrolment import concatenate
 from compressor.errors import StageFailed
 from compressor.evaluate import alone_and_together, ask, varied_accuracy
 from compressor.files import dump_arrays, load_arrays, write_file
@@ -26,7 +28,7 @@ from compressor.gates import Parity, general_gates
 from compressor.measure import Timing, interleaved, machine
 from compressor.recipe import DeviceClassTable, Recipe
 from compressor.stages.naming import PROBABILITY, VIEW_OUTPUT
-from compressor.task import Role, Task, TaskData
+from compressor.task import Role, Rows, Task, TaskData
 
 SOURCES = ("assess.py", "evaluate.py", "gates.py", "corruptions.py", "task.py")
 INTERPRETED_ROWS = 8
@@ -35,7 +37,10 @@ JUDGED_ROLES = (Role.SELECT, Role.CALIBRATE, Role.STREAM)
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every assessment needs: the task with its data, where engines load from, and the cache."""
+    """What every assessment needs: the task with its data, where engines load from, and the cache.
+
+    newcomers: enrolment rows are judged too, and count in the ranking; in a first run they are out of reach.
+    """
 
     recipe: Recipe
     task: Task
@@ -43,6 +48,15 @@ class Bench:
     data: TaskData
     cache: Cache
     folder: Path  # temporary: an engine loads from a file
+    newcomers: bool = False
+
+    @property
+    def judged_roles(self) -> tuple[Role, ...]:
+        return (*JUDGED_ROLES, Role.ENROL_REFERENCE) if self.newcomers else JUDGED_ROLES
+
+    def ranking_rows(self) -> Rows:
+        select = self.data.role(Role.SELECT)
+        return concatenate([select, self.data.role(Role.ENROL_REFERENCE)]) if self.newcomers else select
 
     def engine(self, variant: Variant) -> OnnxEngine:
         return self._load(variant.name, variant.onnx)
@@ -51,7 +65,7 @@ class Bench:
         return self._load(f"{variant.name}.bare", without_view(variant.onnx))
 
     def _load(self, name: str, model: bytes) -> OnnxEngine:
-        path = self.folder / f"{name}.onnx"
+        path = self.folder / f"{sha256(model)}.onnx"
         if not path.exists():
             write_file(path, model)
         engine = OnnxEngine.load(path, name=name)
@@ -99,8 +113,13 @@ def without_view(model: bytes) -> bytes:
 
 
 def golden_rows(data: TaskData, count: int) -> Windows:
-    """A few calibrate rows, every label among them as far as `count` allows."""
+    """A few calibrate rows, every label among them as far as `count` allows; none of a newcomer's.
+
+    Golden inputs travel to every device: what one person uploaded must not.
+    """
     rows = data.role(Role.CALIBRATE)
+    if Role.ENROL_REFERENCE in data.rows:
+        rows = rows.where(~np.isin(rows.sources, data.role(Role.ENROL_REFERENCE).sources))
     first = [int(np.flatnonzero(rows.labels == label)[0]) for label in np.unique(rows.labels)]
     others = [index for index in np.linspace(0, len(rows) - 1, 2 * count).astype(int).tolist() if index not in first]
     return rows.windows[(first + others)[:count]]
@@ -124,10 +143,10 @@ def judge(bench: Bench, variant: Variant) -> Judgement:
 
 def _judge(bench: Bench, variant: Variant) -> Judgement:
     engine, name = bench.engine(variant), bench.task.input_name
-    answers = {role: ask(engine, name, bench.data.role(role).windows) for role in JUDGED_ROLES}
-    accuracy = {role.value: answers[role].accuracy(bench.data.role(role).labels) for role in JUDGED_ROLES}
+    answers = {role: ask(engine, name, bench.data.role(role).windows) for role in bench.judged_roles}
+    accuracy = {role.value: found.accuracy(bench.data.role(role).labels) for role, found in answers.items()}
     variations = [fault for fault in bench.task.faults if fault.expected == "harmless"]
-    accuracy["varied"] = varied_accuracy(engine, name, bench.data.role(Role.SELECT), variations)
+    accuracy["varied"] = varied_accuracy(engine, name, bench.ranking_rows(), variations)
     told = answers[Role.CALIBRATE].probability
     parity = Parity.between(told[: len(variant.torch_probability)], variant.torch_probability)
     few = bench.data.role(Role.CALIBRATE).windows[:INTERPRETED_ROWS]

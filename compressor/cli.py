@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from agent.contract.errors import EdgewardenError
 from compressor import commands_fleet, commands_trust
 
 if TYPE_CHECKING:
+    from compressor.pipeline import Orders
     from compressor.recipe import Recipe
 
 EXIT_CODES = """\
@@ -77,6 +79,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="measurements.json of an earlier run: choose by it, measure nothing",
     )
+    compress.add_argument(
+        "--enrolment", type=Path, metavar="DIR",
+        help="folder of newcomers' recordings, <device>.npz: teach the recipe's models what is in them",
+    )  # fmt: skip
+    compress.add_argument(
+        "--parent", action="append", default=[], metavar="ARTIFACT",
+        help="what this run succeeds: an artifact folder or NAME=DIGEST; may be repeated",
+    )  # fmt: skip
+    compress.add_argument(
+        "--device-class", default="", metavar="NAME", help="build for this device class only (default: for all)"
+    )
     compress.add_argument("--json", action="store_true", help="print report.json instead of tables")
     compress.add_argument(
         "--explain", action="store_true", help="say what each step does, how each gate went, and why"
@@ -103,14 +116,17 @@ def _compress(options: argparse.Namespace) -> int:
 
     recipe = read_recipe(options.recipe, overrides=options.overrides)
     open_task(recipe, options.recipe)  # before the heavy imports: a wrong recipe is told at once
-    if options.explain:
-        _explain(recipe)
-    from compressor.pipeline import compress
+    parents = dict(_parent(text) for text in options.parent)
+    from compressor.pipeline import Orders, compress
     from compressor.report import write_reports
 
-    with _Progress(recipe) as progress:
+    orders = Orders(options.replay, options.enrolment, parents, options.device_class)
+    if options.explain:
+        _explain(recipe, orders)
+
+    with _Progress(recipe, orders) as progress:
         result = compress(
-            recipe, options.recipe, options.out, cache=options.cache, report=progress.report, replay=options.replay
+            recipe, options.recipe, options.out, cache=options.cache, report=progress.report, orders=orders
         )
         document = write_reports(result, options.out)
     if options.json:
@@ -120,10 +136,24 @@ def _compress(options: argparse.Namespace) -> int:
     return 0
 
 
+def _parent(text: str) -> tuple[str, str]:
+    """(name, manifest digest) of an artifact folder or of NAME=DIGEST."""
+    from agent.contract.artifact import open_artifact
+    from agent.contract.errors import ConfigError
+
+    name, separator, digest = text.partition("=")
+    if not separator:
+        artifact = open_artifact(Path(text))
+        return artifact.manifest.name, artifact.digest
+    if not re.fullmatch(r"[0-9a-f]{64}", digest):
+        raise ConfigError(f"'{text}' names no parent", hint="Write it as NAME=DIGEST, or name an artifact folder.")
+    return name, digest
+
+
 class _Progress:
     """A bar with the time left, on stderr; plain lines of progress where that is no terminal."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, orders: Orders) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -135,7 +165,7 @@ class _Progress:
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.description}"),
             console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task("starting", total=total_work(recipe), subject=recipe.name)
+        self.task = self.bar.add_task("starting", total=total_work(recipe, orders), subject=recipe.name)
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -150,7 +180,7 @@ class _Progress:
             self.console.print(f"{subject}: {step}", highlight=False)
 
 
-def _explain(recipe: Recipe) -> None:
+def _explain(recipe: Recipe, orders: Orders) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -159,7 +189,7 @@ def _explain(recipe: Recipe) -> None:
     table = Table(title=f"What will happen to '{recipe.name}'", title_justify="left", box=None)
     table.add_column("step", style="bold")
     table.add_column("")
-    for step, text in plan(recipe):
+    for step, text in plan(recipe, orders):
         table.add_row(step, text)
     Console(stderr=True).print(table)
 
@@ -188,10 +218,25 @@ def _tables(document: dict[str, Any], out: Path, *, explain: bool) -> None:
         if verdict["chosen"] or explain:
             mark = "ships" if verdict["chosen"] else "no"
             print(f"{device['name']}: {verdict['name']} {mark}: {verdict['reason']}.")
+    for line in _regeneration_lines(document.get("regeneration")):
+        print(line)
     if explain:
         for device in document["device_classes"]:
             console.print(_gate_table(device))
     print(f"Report: {out / 'report.html'}")
+
+
+def _regeneration_lines(told: dict[str, Any] | None) -> list[str]:
+    """First and second run side by side."""
+    if told is None:
+        return []
+    return [f"left out: {sentence}" for sentence in told["left_out"]] + [
+        f"{device['name']}: {engine['name']} {'kept' if engine['kept'] else 'taught'}: newcomers "
+        f"{engine['before']['new']:.3f} -> {engine['after']['new']:.3f}, known sources "
+        f"{engine['before']['stream']:.3f} -> {engine['after']['stream']:.3f}."
+        for device in told["device_classes"]
+        for engine in device["engines"]
+    ]
 
 
 def _verdicts(document: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -203,6 +248,8 @@ def _gate_table(device: dict[str, Any]) -> Any:
     """One row per candidate, one column per gate; what fails stands in brackets with its limit."""
     from rich.table import Table
 
+    from compressor.select import figure
+
     verdicts = device["variants"] + device["fallback_variants"]
     table = Table(title=f"Gates of '{device['name']}'", title_justify="left", box=None)
     table.add_column("candidate", no_wrap=True)
@@ -210,7 +257,9 @@ def _gate_table(device: dict[str, Any]) -> Any:
         table.add_column(gate["name"], justify="right")
     for verdict in verdicts:
         cells = [
-            f"{gate['measured']:.4g}" if gate["passed"] else f"FAIL {gate['measured']:.4g} / {gate['limit']:.4g}"
+            figure(gate["measured"])
+            if gate["passed"]
+            else f"FAIL {figure(gate['measured'])} / {figure(gate['limit'])}"
             for gate in verdict["gates"]
         ]
         table.add_row(verdict["name"], *cells)
@@ -256,6 +305,8 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
     for fault in card["faults"]:
         mark = " harmful" if fault["harmful"] else ""
         lines.append(f"{fault['name']:<24}" + "".join(f"{fault['accuracy'][n]:>14.3f}" for n in names) + mark)
+    if new := card.get("accuracy_new"):
+        lines.append(f"{'on ' + new['role']:<24}" + "".join(f"{new.get(n, float('nan')):>14.3f}" for n in names))
     if card.get("claim"):
         lines += ["", f"claim      {card['claim']['text']}"]
     return lines

@@ -87,13 +87,16 @@ def read_enrolment(folder: Path, task: Task, data: TaskData) -> Halves:
     return Halves(*(_cut(pieces, arrays, task, swapped=swapped) for swapped in (False, True)))
 
 
-def join(data: TaskData, enrolment: Enrolment) -> TaskData:
-    """The rows a regeneration works with; rows kept for the very last test are not among them."""
+def join(data: TaskData, enrolment: Enrolment, *, repeat: int = 1) -> TaskData:
+    """The rows a regeneration works with; rows kept for the very last test are not among them.
+
+    repeat: how often each newcomer's training row is among the training rows.
+    """
     rows: dict[Role, Rows] = {role: part for role, part in data.rows.items() if role != Role.NEW_TEST}
-    rows[Role.TRAIN] = concatenate([data.role(Role.TRAIN), enrolment.train])
+    rows[Role.TRAIN] = concatenate([data.role(Role.TRAIN), *[enrolment.train] * repeat])
     rows[Role.CALIBRATE] = concatenate([data.role(Role.CALIBRATE), enrolment.reference])
     rows[Role.ENROL_TRAIN], rows[Role.ENROL_REFERENCE] = enrolment.train, enrolment.reference
-    digest = {"data": data.sha256, "enrolment": enrolment.sha256, "train": _digest(enrolment.train)}
+    digest = {"data": data.sha256, "enrolment": enrolment.sha256, "train": _digest(rows[Role.TRAIN])}
     return TaskData(sha256(canonical(digest)), rows)
 
 

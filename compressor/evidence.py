@@ -1,6 +1,6 @@
 """What travels with a model besides its weights: the fault table, the drift reference with its claim, golden answers.
 
-Every figure is of the held-out stream, which was in no other role.
+Accuracies are of the held-out stream, which was in no other role; a drift claim names its rows itself.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ def class_prior(task: Task, data: TaskData) -> list[float]:
 
 
 def watch(bench: Bench, variant: Variant, *, detection_runs: int) -> Watch:
-    """The reference of one variant: made of the calibrate role, its claim measured on the stream.
+    """The reference of one variant: made of the calibrate role, its claim measured on the select role.
+
+    Not on the stream: what a claim is held against later must not be what it was measured on. Detectability needs
+    more rows and more recordings than select has, and is measured on the stream.
 
     detection_runs: 0 = no detectability card (a fallback is judged by the active model's).
     """
@@ -97,11 +100,12 @@ def watch(bench: Bench, variant: Variant, *, detection_runs: int) -> Watch:
 def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
     engine, task = bench.engine(variant), bench.task
     names = view_names(task)
-    calibrate, stream = bench.data.role(Role.CALIBRATE), bench.data.role(Role.STREAM)
-    seen = _view_rows(ask(engine, task.input_name, calibrate.windows), calibrate)
-    held_out = _view_rows(ask(engine, task.input_name, stream.windows), stream)
+    calibrate, select, stream = (bench.data.role(role) for role in (Role.CALIBRATE, Role.SELECT, Role.STREAM))
+    seen, held_out, clean = (
+        _view_rows(ask(engine, task.input_name, rows.windows), rows) for rows in (calibrate, select, stream)
+    )
     guard = guard_statistics(calibrate.windows, names.channels, names.groups)
-    reference = build_reference(seen, names, guard=guard, held_out=held_out)
+    reference = build_reference(seen, names, guard=guard, held_out=held_out, held_out_name="windows of role select")
     lines: tuple[dict[str, Any], ...] = ()
     if detection_runs:
         faulty = {
@@ -109,7 +113,7 @@ def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
             for fault in task.faults
         }
         touched = {fault.name: fault.channels for fault in task.faults}
-        found = measure_detectability(reference, held_out, faulty, touched, runs=detection_runs)
+        found = measure_detectability(reference, clean, faulty, touched, runs=detection_runs)
         lines = tuple(asdict(line) for line in found)
     return Watch(dump_reference(reference), asdict(reference.claim), lines)
 

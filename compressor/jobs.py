@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from agent import clock
 from agent.contract.artifact import sha256
 from compressor.cache import Cache, stage_key
 from compressor.candidate import Variant
+from compressor.enrolment import Halves
 from compressor.errors import StageFailed
 from compressor.files import dump_arrays, load_arrays
 from compressor.recipe import ModelTable, Recipe, open_task
@@ -37,16 +38,22 @@ EXPORT_SOURCES = ("stages/export.py", "views.py", "lowering.py", "families.py")
 Report = Callable[[str, str, float], None]
 """(model, step, work): so much work of this model is done, by this step."""
 
+Made = TypeVar("Made")
+Run = Callable[["Job", Report], Made]
+
 # What a user's task, torch or the exporter may raise; translated once, here.
 FOREIGN = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError, OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
+    """One model to be made; `newcomers`: the recordings it is to be taught besides, in a regeneration."""
+
     recipe: Recipe
     recipe_path: Path
     model: ModelTable
     cache: Path
+    newcomers: Halves | None = None
 
 
 def work(model: ModelTable) -> float:
@@ -68,19 +75,19 @@ def translated(stage: str, subject: str) -> Iterator[None]:
         raise StageFailed(stage, subject, f"{type(error).__name__}: {reason}") from error
 
 
-def run_jobs(jobs: Sequence[Job], report: Report) -> dict[str, tuple[Variant, ...]]:
-    """All variants of all models, by model name.
+def run_jobs(jobs: Sequence[Job], report: Report, *, run: Run[Made]) -> dict[str, Made]:
+    """What `run` makes of every job, by model name; several run at once, each in a process of its own.
 
     Raises:
         StageFailed, RecipeError, DataError, StorageError
     """
     processes = min(len(jobs), jobs[0].recipe.train.processes) if jobs else 1
     if processes <= 1:
-        return {job.model.name: run_job(job, report) for job in jobs}
+        return {job.model.name: run(job, report) for job in jobs}
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork with threads
     messages: SimpleQueue[tuple[str, str, float]] = context.SimpleQueue()
     with ProcessPoolExecutor(processes, context, initializer=_adopt, initargs=(messages,)) as pool:
-        futures = {pool.submit(_run_in_child, job): job for job in jobs}
+        futures = {pool.submit(_run_in_child, run, job): job for job in jobs}
         try:
             return _collect(futures, messages, report)
         except BaseException:
@@ -91,9 +98,9 @@ def run_jobs(jobs: Sequence[Job], report: Report) -> dict[str, tuple[Variant, ..
 
 
 def _collect(
-    futures: dict[Future[tuple[Variant, ...]], Job], messages: SimpleQueue[tuple[str, str, float]], report: Report
-) -> dict[str, tuple[Variant, ...]]:
-    results: dict[str, tuple[Variant, ...]] = {}
+    futures: dict[Future[Made], Job], messages: SimpleQueue[tuple[str, str, float]], report: Report
+) -> dict[str, Made]:
+    results: dict[str, Made] = {}
     waiting = set(futures)
     while waiting:
         done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -119,12 +126,12 @@ def _adopt(messages: SimpleQueue[tuple[str, str, float]]) -> None:
     _messages = messages
 
 
-def _run_in_child(job: Job) -> tuple[Variant, ...]:
+def _run_in_child(run: Run[Made], job: Job) -> Made:
     def report(model: str, step: str, done: float) -> None:
         if _messages is not None:
             _messages.put((model, step, done))
 
-    return run_job(job, report)
+    return run(job, report)
 
 
 def run_job(job: Job, report: Report) -> tuple[Variant, ...]:
@@ -136,8 +143,10 @@ def run_job(job: Job, report: Report) -> tuple[Variant, ...]:
     return build_variants(job, task, task_sha256, data, weights, report)
 
 
-def trained_weights(job: Job, task: Task, task_sha256: str, data: TaskData, report: Report) -> bytes:
-    """Float weights of one model as an .npz, trained now or before."""
+def trained_weights(
+    job: Job, task: Task, task_sha256: str, data: TaskData, report: Report, *, start: bytes = b""
+) -> bytes:
+    """Float weights of one model as an .npz, trained now or before; `start`: weights to go on from."""
     from compressor.stages import train as stage
 
     model, cache = job.model, Cache(job.cache)
@@ -145,6 +154,8 @@ def trained_weights(job: Job, task: Task, task_sha256: str, data: TaskData, repo
         "task": task_sha256, "data": data.sha256, "settings": job.recipe.data, "seed": job.recipe.seed,
         "model": model.model_dump(mode="json"), "train": job.recipe.train.model_dump(exclude={"processes"}),
     }  # fmt: skip
+    if start:
+        inputs["start"] = sha256(start)
     key = stage_key("train", inputs, sources=stage.SOURCES)
     if kept := cache.get(key):
         report(model.name, "trained before", _epoch_work(model) * model.epochs)
@@ -155,7 +166,10 @@ def trained_weights(job: Job, task: Task, task_sha256: str, data: TaskData, repo
 
     stage.prepare_torch()
     with translated("train", model.name):
-        trained = stage.train(task, data, model, job.recipe.train, seed=job.recipe.seed, on_epoch=on_epoch)
+        known = load_arrays(start, where=f"weights of {model.name}") if start else None
+        trained = stage.train(
+            task, data, model, job.recipe.train, seed=job.recipe.seed, on_epoch=on_epoch, start=known
+        )
     weights = dump_arrays(trained.arrays)
     history = json.dumps({"select_accuracy": trained.history, "epoch": trained.epoch}).encode()
     cache.put(key, {"weights.npz": weights, "history.json": history})

@@ -46,6 +46,7 @@ class Origin:
     data_sha256: str
     settings: Mapping[str, object]
     seed: int
+    enrolment: Mapping[str, object] | None = None  # newcomers' recordings it was taught besides
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Content:
     prior: Sequence[float] = ()
     scales: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     calibrator: str = ""
+    parent: str | None = None  # manifest digest of the artifact it succeeds
 
 
 def build_artifact(content: Content) -> dict[str, bytes]:
@@ -107,6 +109,7 @@ def _manifest(content: Content, blobs: Mapping[str, bytes]) -> Manifest:
         floor_outputs={PROBABILITY: list(content.prior)} if floor else None,
         runtime=Runtime(opset=OPSET, minimum=version("onnxruntime"), precision=content.precision),
         choice=content.choice,
+        parent=content.parent,
         quantisation=_quantisation(content),
         provenance=_provenance(content),
         blobs={role: Blob(file=FILES[role], size=len(data), sha256=sha256(data)) for role, data in blobs.items()},
@@ -146,7 +149,7 @@ def _quantisation(content: Content) -> dict[str, Any]:
 
 def _provenance(content: Content) -> dict[str, Any]:
     return {
-        **{name: value for name, value in asdict(content.origin).items() if name != "settings"},
+        **{name: value for name, value in asdict(content.origin).items() if name != "settings" and value is not None},
         "settings": dict(content.origin.settings),
         "libraries": {name: version(name) for name in LIBRARIES},
         "training_threads": 1,
@@ -167,9 +170,11 @@ def make_card(
     claim: Mapping[str, Any] | None = None,
     detectability: Sequence[Mapping[str, Any]] = (),
     gates: Sequence[Mapping[str, Any]] = (),
+    accuracy_new: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """card.json: figures of `role`, per engine name; see docs of the contract."""
+    """card.json: figures of `role`, per engine name; see docs of the contract. `accuracy_new`: of newcomers."""
     return {
+        **({"accuracy_new": dict(accuracy_new)} if accuracy_new else {}),
         "accuracy": {"role": role, "rows": rows, **{name: round(value, 4) for name, value in accuracy.items()}},
         "faults": [
             {

@@ -121,6 +121,19 @@ class FaultsTable(Table):
     detection_runs: int = Field(default=20, ge=1, le=1000)
 
 
+class RegenerateTable(Table):
+    """How a second run with newcomers' recordings differs from the first.
+
+    forgetting: accuracy that may be lost on known rows, 0..1. epochs_share, learning_rate_share: of the first
+    training's, because it goes on from there. repeat: how often an epoch shows a newcomer's row, against once.
+    """
+
+    forgetting: float = Field(default=0.02, ge=0, le=1)
+    epochs_share: float = Field(default=0.35, gt=0, le=1)
+    learning_rate_share: float = Field(default=1.0, gt=0, le=1)
+    repeat: int = Field(default=2, ge=1, le=100)
+
+
 class PackageTable(Table):
     version: int = Field(default=1, ge=1)
     owner: str
@@ -142,6 +155,7 @@ class Recipe(Table):
     select: SelectTable = SelectTable()
     device_class: tuple[DeviceClassTable, ...]
     faults: FaultsTable = FaultsTable()
+    regenerate: RegenerateTable = RegenerateTable()
     package: PackageTable
 
     @model_validator(mode="after")
@@ -275,7 +289,7 @@ def _known(location: tuple[int | str, ...]) -> list[str]:
     tables: Mapping[str, type[Table]] = {
         "task": TaskTable, "train": TrainTable, "model": ModelTable, "quantise": QuantiseTable,
         "measure": MeasureTable, "gates": GatesTable, "select": SelectTable, "device_class": DeviceClassTable,
-        "faults": FaultsTable, "package": PackageTable,
+        "faults": FaultsTable, "regenerate": RegenerateTable, "package": PackageTable,
     }  # fmt: skip
     table = tables.get(str(location[0]), Recipe) if len(location) > 1 else Recipe
     return list(table.model_fields)

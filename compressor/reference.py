@@ -110,12 +110,13 @@ def guard_statistics(windows: NDArray[Any], channels: tuple[str, ...], groups: M
 
 
 def build_reference(
-    rows: ViewRows, names: ViewNames, *, guard: GuardStatistics, held_out: ViewRows, multiple: float = MULTIPLE
-) -> Reference:
+    rows: ViewRows, names: ViewNames, *, guard: GuardStatistics, held_out: ViewRows, multiple: float = MULTIPLE,
+    held_out_name: str = "held-out windows",
+) -> Reference:  # fmt: skip
     """A calibrated reference with its claim.
 
     rows: the reference role. held_out: consecutive rows of known recordings that no other argument comes
-    from; only the claim is measured on them.
+    from; only the claim is measured on them, and calls them `held_out_name`.
 
     Raises:
         ReferenceRefused: too few rows for the number of features, or rows that never differ.
@@ -156,10 +157,12 @@ def build_reference(
             "replay_orders": float(REPLAY_ORDERS),
         },
     )
-    return replace(draft, claim=measure_claim(draft, held_out))
+    return replace(draft, claim=measure_claim(draft, held_out, name=held_out_name))
 
 
-def measure_claim(reference: Reference, held_out: ViewRows, *, orders: int = CLAIM_ORDERS) -> Claim:
+def measure_claim(
+    reference: Reference, held_out: ViewRows, *, orders: int = CLAIM_ORDERS, name: str = "held-out windows"
+) -> Claim:
     """Run the shipped monitor over held-out rows in many orders and say what follows.
 
     With k alarms in M rows the 95 % upper bound of the rate is u_k / M, u_0 = 3 (rule of three). The orders
@@ -175,7 +178,7 @@ def measure_claim(reference: Reference, held_out: ViewRows, *, orders: int = CLA
     upper = _POISSON_UPPER[alarms] if alarms < len(_POISSON_UPPER) else None
     per_alarm = int(total / upper) if upper else 0
     counted = f"{alarms or 'no'} alarm{'s' if alarms > 1 else ''} in {total} replayed rows"
-    source = f"({len(held_out)} held-out windows in {orders} orders)"
+    source = f"({len(held_out)} {name} in {orders} orders)"
     promise = f"at most one alarm per {per_alarm} rows at {CONFIDENCE:.0%}" if per_alarm else "nothing is claimed"
     return Claim(per_alarm, total, len(held_out), orders, alarms, CONFIDENCE, f"{promise}: {counted} {source}")
 

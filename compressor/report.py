@@ -14,9 +14,11 @@ from typing import Any
 
 from agent.contract.artifact import MANIFEST, sha256_file
 from compressor.candidate import Candidate, Gate, Verdict
+from compressor.enrolment import Halves
 from compressor.files import write_file
 from compressor.measure import load_average
 from compressor.pipeline import Result, Shipped
+from compressor.regenerate import KEPT, SWAPPED, new_accuracy
 from compressor.select import RANK
 from compressor.task import Role
 
@@ -68,7 +70,46 @@ def report_document(result: Result, out: Path) -> dict[str, Any]:
         "load_average": load_average(),
         "latency_replayed": result.timings.replayed,
         "seconds": result.seconds,
+        "regeneration": _regeneration(result),
     }
+
+
+def _regeneration(result: Result) -> dict[str, Any] | None:
+    """The first run's choice against this one's, old rows and newcomers'; None for a first run."""
+    told = result.regeneration
+    if told is None:
+        return None
+    devices = []
+    for ship in result.shipped:
+        first = told.before[ship.device.name]
+        pairs = [(ship.active_name, first.active, ship.active)]
+        pairs += [(name, first.fallbacks[name], one) for name, one in ship.fallbacks.items()]
+        engines = [
+            {"name": name, "kept": one.name.endswith(KEPT), "before": _standing(old, told.halves),
+             "after": _standing(one, told.halves)}
+            for name, old, one in pairs
+        ]  # fmt: skip
+        devices.append({"name": ship.device.name, "engines": engines})
+    enrolment, rules = told.enrolment, result.recipe.regenerate
+    return {
+        "enrolment_sha256": enrolment.sha256,
+        "sources": [asdict(source) for source in enrolment.sources],
+        "left_out": list(enrolment.left_out),
+        "rules": rules.model_dump(),
+        "roles": {
+            "stream": "known sources, held out", "select": "known sources: the gate of forgetting",
+            "enrol_reference": "second halves of newcomers' recordings; the model was trained on the first",
+            "enrol_swapped": "first halves; a training with the halves exchanged answers for the model",
+            "new": "both together, by rows: the gate of newcomers",
+        },
+        "device_classes": devices,
+    }  # fmt: skip
+
+
+def _standing(candidate: Candidate, halves: Halves) -> dict[str, Any]:
+    roles = (Role.STREAM, Role.SELECT, Role.ENROL_REFERENCE, SWAPPED)
+    accuracies = {str(role): round(candidate.accuracy[role], 4) for role in roles}
+    return {"variant": candidate.name, "new": round(new_accuracy(candidate, halves), 4), **accuracies}
 
 
 def measurements_document(result: Result) -> dict[str, Any]:
@@ -118,7 +159,7 @@ def _gate(gate: Gate) -> dict[str, Any]:
 
 
 def _shipped(ship: Shipped, result: Result, folder: Path) -> dict[str, Any]:
-    by_name = {candidate.name: candidate for candidate in result.candidates}
+    by_name = {candidate.name: candidate for candidate in (*result.candidates, *ship.fallbacks.values())}
     return {
         "name": ship.device.name,
         "budget": {key: value for key, value in ship.device.model_dump().items() if key != "name"},
@@ -126,6 +167,7 @@ def _shipped(ship: Shipped, result: Result, folder: Path) -> dict[str, Any]:
         "variants": [_verdict(verdict, by_name[verdict.candidate]) for verdict in ship.verdicts],
         "fallback_variants": [_verdict(verdict, by_name[verdict.candidate]) for verdict in ship.fallback_verdicts],
         "accuracy": {"role": Role.STREAM.value, **{name: round(value, 4) for name, value in ship.accuracy.items()}},
+        "accuracy_new": {name: round(value, 4) for name, value in ship.accuracy_new.items()},
         "faults": [{**asdict(line), "channels": list(line.channels)} for line in ship.faults],
         "claim": ship.watch.claim,
         "detectability": list(ship.watch.detectability),

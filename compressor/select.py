@@ -8,12 +8,67 @@ one machine choose alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from compressor.candidate import Candidate, Gate, Verdict
+from compressor.errors import GateFailed
 from compressor.gates import class_gates, failed, refuse
 from compressor.recipe import DeviceClassTable, SelectTable
 
 RANK = "varied"
+
+
+@dataclass(frozen=True, slots=True)
+class Lineup:
+    """What was chosen for one device class. `fallbacks`: by artifact name, best first."""
+
+    verdicts: tuple[Verdict, ...]
+    active: Candidate
+    fallbacks: dict[str, Candidate]
+    fallback_verdicts: tuple[Verdict, ...]
+
+
+def choose_lineup(
+    candidates: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable, *, service: str,
+    kept: Sequence[Candidate] = (),
+) -> Lineup:  # fmt: skip
+    """Active model and fallbacks of one device class. `kept`: fallbacks that stay where no candidate passes.
+
+    Raises:
+        GateFailed
+    """
+    ranked = [one for one in candidates if one.variant.model.role != "fallback"]
+    verdicts = choose(ranked, device, rules, kind="model")
+    fallbacks: dict[str, Candidate] = {}
+    told: list[Verdict] = []
+    spare = [one for one in candidates if one.variant.model.role == "fallback"]
+    for name in dict.fromkeys(one.variant.model.name for one in spare):
+        own = [one for one in spare if one.variant.model.name == name]
+        former = next((one for one in kept if one.variant.model.name == name), None)
+        made = _fallback(own, former, device, rules)
+        told += made
+        fallbacks[f"{service}-{name}"] = _named([*own, *kept], chosen(made).candidate)
+    return Lineup(verdicts, _named(ranked, chosen(verdicts).candidate), fallbacks, tuple(told))
+
+
+def _fallback(
+    own: Sequence[Candidate], former: Candidate | None, device: DeviceClassTable, rules: SelectTable
+) -> tuple[Verdict, ...]:
+    try:
+        return choose(own, device, rules, kind="fallback")
+    except GateFailed:
+        if former is None:
+            raise
+    refused = [
+        Verdict(one.name, device.name, False, _refusals(failed(_gates(one, device))), "", _gates(one, device))  # noqa: FBT003
+        for one in own
+    ]
+    why = "kept as it was: no successor passes every gate"
+    return (*refused, Verdict(former.name, device.name, True, why, why))  # noqa: FBT003
+
+
+def _named(candidates: Sequence[Candidate], name: str) -> Candidate:
+    return next(candidate for candidate in candidates if candidate.name == name)
 
 
 def choose(
@@ -114,7 +169,7 @@ def _why_not(
     device: DeviceClassTable, rules: SelectTable,
 ) -> str:  # fmt: skip
     if broken := failed(gates):
-        return "; ".join(_refusal(gate) for gate in broken)
+        return _refusals(broken)
     if candidate.name in slower:
         return slower[candidate.name]
     if device.prefer == "size":
@@ -127,6 +182,16 @@ def _why_not(
     return f"less accurate than '{winner.name}' by {difference:.4f}, and below the best by more than {rules.tie:g}"
 
 
+def _refusals(gates: Sequence[Gate]) -> str:
+    return "; ".join(_refusal(gate) for gate in gates)
+
+
 def _refusal(gate: Gate) -> str:
     relation = "below" if gate.at_least else "above"
-    return f"{gate.name} {gate.measured:,.4g} is {relation} {gate.limit:,.4g} {gate.unit}".rstrip()
+    unit = f" {gate.unit}" if gate.unit else ""
+    return f"{gate.name} {figure(gate.measured)}{unit} is {relation} {figure(gate.limit)}"
+
+
+def figure(value: float) -> str:
+    """A number for people: whole from a thousand on, else four digits."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from agent.contract.errors import Corrupt
 from compressor.recipe import ModelTable, TrainTable
 from compressor.task import Role, Rows, Task, TaskData
 
+Arrays = Mapping[str, NDArray[np.generic]]
 SOURCES = ("stages/train.py", "families.py", "task.py")
 
 
@@ -39,14 +40,17 @@ def prepare_torch() -> None:
 
 def train(
     task: Task, data: TaskData, model: ModelTable, settings: TrainTable, *, seed: int,
-    on_epoch: Callable[[int, float], None],
+    on_epoch: Callable[[int, float], None], start: Arrays | None = None,
 ) -> Trained:  # fmt: skip
-    """A trained network of the model's family; `on_epoch(epoch, select_accuracy)` after each epoch."""
+    """A trained network of the model's family; `on_epoch(epoch, select_accuracy)` after each epoch.
+
+    start: arrays of an earlier training of this model to go on from; its input statistics stay.
+    """
     torch.manual_seed(_seed(seed, model.name))
     reads = task.indices(model.channels) or tuple(range(len(task.channels)))
-    network = task.build(model.family, model.width, len(reads))
+    network = task.build(model.family, model.width, len(reads)) if start is None else restore(task, model, start)
     rows, select = data.role(Role.TRAIN), data.role(Role.SELECT)
-    feed = _Feed(rows, reads)
+    feed = _Feed(rows, reads, start)
     history: list[float] = []
     best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
     for epoch in _epochs(network, feed, task, model, settings, seed):
@@ -61,14 +65,17 @@ def train(
 
 
 class _Feed:
-    """Training rows on the way to a network: raw batches, then normalised with the training rows' statistics."""
+    """Training rows on the way to a network: raw batches, then normalised with the first training's statistics."""
 
-    def __init__(self, rows: Rows, reads: tuple[int, ...]) -> None:
+    def __init__(self, rows: Rows, reads: tuple[int, ...], start: Arrays | None) -> None:
         self.windows = torch.from_numpy(rows.windows)
         self.labels = torch.from_numpy(rows.labels)
         self.reads = list(reads)
-        self.mean = self.windows.double().mean((0, 1)).float()
-        self.sd = self.windows.double().std((0, 1)).float().clamp_min(1e-6)
+        if start is None:
+            self.mean = self.windows.double().mean((0, 1)).float()
+            self.sd = self.windows.double().std((0, 1)).float().clamp_min(1e-6)
+        else:
+            self.mean, self.sd = (torch.from_numpy(np.asarray(start[name], np.float32)) for name in ("mean", "sd"))
 
     def normalise(self, windows: Tensor) -> Tensor:
         return ((windows - self.mean) / self.sd)[:, :, self.reads].transpose(1, 2).contiguous()
@@ -109,7 +116,7 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:7], "big")
 
 
-def restore(task: Task, model: ModelTable, arrays: dict[str, NDArray[np.generic]]) -> nn.Module:
+def restore(task: Task, model: ModelTable, arrays: Arrays) -> nn.Module:
     """The network whose state `train` returned, in evaluation mode.
 
     Raises:

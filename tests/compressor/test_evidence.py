@@ -36,4 +36,5 @@ def test_the_reference_knows_the_tasks_names_and_its_claim_stands_on_the_card(ti
     assert reference.labels == ("slow", "middle", "fast")
     claim = tiny_run.report["device_classes"][0]["claim"]
     assert reference.claim.text == claim["text"]
-    assert claim["distinct_rows"] == tiny_run.report["rows"]["stream"]
+    assert claim["distinct_rows"] == tiny_run.report["rows"]["select"]
+    assert "windows of role select" in claim["text"]

@@ -37,7 +37,7 @@ def test_kept_results_are_the_ones_first_computed(tiny_run: Run) -> None:
     recipe = read_recipe(tiny_run.recipe)
     jobs = [Job(recipe, tiny_run.recipe, model, tiny_run.cache) for model in recipe.model]
     steps: list[str] = []
-    variants = run_jobs(jobs, lambda *told: steps.append(told[1]))
+    variants = run_jobs(jobs, lambda *told: steps.append(told[1]), run=run_job)
     assert not [step for step in steps if step.startswith("epoch")]
     digests = {v.name: v.sha256 for made in variants.values() for v in made}
     assert digests == {c["name"]: c["sha256"] for c in tiny_run.report["candidates"]}
