@@ -20,7 +20,7 @@ from pathlib import Path
 from agent.contract.artifact import Budget, Choice, canonical
 from agent.contract.errors import EdgewardenError
 from agent.engine import OnnxEngine
-from compressor import assess, evidence, package, pipeline
+from compressor import assess, evidence, package
 from compressor.cache import Cache
 from compressor.candidate import Variant
 from compressor.errors import RecipeError, StageFailed
@@ -29,6 +29,7 @@ from compressor.files import write_file
 from compressor.jobs import Job, build_variants, trained_weights, translated
 from compressor.measure import machine
 from compressor.recipe import ModelTable, Recipe, open_task, read_recipe
+from compressor.shipping import floor_name
 from compressor.task import Role
 
 RECIPE = Path(__file__).parent / "examples" / "wrist" / "recipe.toml"
@@ -108,7 +109,7 @@ def _variant(bench: assess.Bench, recipe_path: Path, folder: Path, model: ModelT
 
 
 def _contents(bench: assess.Bench, origin: package.Origin, variants: dict[str, Variant]) -> list[package.Content]:
-    floor = pipeline.floor_name(bench.task)
+    floor = floor_name(bench.task)
     prior = evidence.class_prior(bench.task, bench.data)
     stream = bench.data.role(Role.STREAM)
     columns = {name: evidence.fault_column(bench, variant) for name, variant in variants.items()}

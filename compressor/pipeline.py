@@ -14,16 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent import clock
-from agent.contract.artifact import Budget, Choice, sha256
+from agent.contract.artifact import sha256
 from compressor import assess, enrolment, evidence, package, regenerate, select
 from compressor.cache import Cache
-from compressor.candidate import Candidate, Variant, Verdict
+from compressor.candidate import Candidate, Variant
 from compressor.errors import RecipeError
-from compressor.evaluate import FaultLine
 from compressor.jobs import Job, Report, run_jobs, translated, work
 from compressor.recipe import DeviceClassTable, Recipe, open_task
 from compressor.regenerate import Regeneration, Taught
 from compressor.select import Lineup
+from compressor.shipping import Shipped, floor_name, write_artifacts
 from compressor.task import Role, Task, TaskData
 
 AFTER = {"judge": 6.0, "measure": 12.0, "evidence": 10.0}  # work of the later steps, in the unit of jobs.work
@@ -42,35 +42,6 @@ class Orders:
     enrolment: Path | None = None
     parents: Mapping[str, str] = field(default_factory=dict)
     device_class: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Shipped:
-    """What goes to one device class. `accuracy`: by artifact name, stream role; `accuracy_new`: on newcomers."""
-
-    device: DeviceClassTable
-    lineup: Lineup
-    faults: tuple[FaultLine, ...]
-    accuracy: dict[str, float]
-    accuracy_new: dict[str, float]
-    active_name: str
-    watch: evidence.Watch
-
-    @property
-    def active(self) -> Candidate:
-        return self.lineup.active
-
-    @property
-    def fallbacks(self) -> dict[str, Candidate]:
-        return self.lineup.fallbacks
-
-    @property
-    def verdicts(self) -> tuple[Verdict, ...]:
-        return self.lineup.verdicts
-
-    @property
-    def fallback_verdicts(self) -> tuple[Verdict, ...]:
-        return self.lineup.fallback_verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +116,7 @@ def compress(
             shipped = tuple(_ship(run, device) for device in devices)
         report("all", "evidence collected", AFTER["evidence"])
         for ship in shipped:
-            _package(run.bench, ship, origin, out / ship.device.name, orders.parents)
+            write_artifacts(run.bench, ship, origin, out / ship.device.name, orders.parents)
     ranked = [c for c in run.candidates if c.variant.model.role != "fallback"]
     return Result(
         recipe, task, run.bench.data, origin, run.candidates, run.teacher, shipped, select.pareto_front(ranked),
@@ -282,130 +253,10 @@ def _ship(run: _Run, device: DeviceClassTable) -> Shipped:
     accuracy = {name: one.accuracy[Role.STREAM] for name, one in engines.items()}
     table = evidence.table(bench, columns, active=service, clean=accuracy[service])
     accuracy[floor] = columns[floor][0]
-    new = {}
-    if run.regeneration is not None:
-        new = {name: regenerate.new_accuracy(one, run.regeneration.halves) for name, one in engines.items()}
+    new = regenerate.on_reference(run.regeneration, device.name, engines) if run.regeneration else {}
     watch = evidence.watch(bench, lineup.active.variant, detection_runs=bench.recipe.faults.detection_runs)
     return Shipped(device, lineup, table, accuracy, new, service, watch)
 
 
-def floor_name(task: Task) -> str:
-    return f"{task.service}-floor"
-
-
 def _named(candidates: Sequence[Candidate], name: str) -> Candidate:
     return next(candidate for candidate in candidates if candidate.name == name)
-
-
-def _package(
-    bench: assess.Bench, ship: Shipped, origin: package.Origin, folder: Path, parents: Mapping[str, str]
-) -> None:
-    """Write active, fallbacks and floor of one device class."""
-    floor = floor_name(bench.task)
-    plain = select.chosen(ship.verdicts).plain_reason
-    order = (*ship.fallbacks, floor)
-    active = artifact_of(
-        bench,
-        ship.active.variant,
-        ship,
-        origin,
-        name=ship.active_name,
-        fallbacks=order,
-        reason=plain,
-        watch=ship.watch,
-        parent=parents.get(ship.active_name),
-    )
-    package.write_artifact(folder / ship.active_name, package.build_artifact(active))
-    for verdict, (name, candidate) in zip(
-        (v for v in ship.fallback_verdicts if v.chosen), ship.fallbacks.items(), strict=True
-    ):
-        content = artifact_of(
-            bench, candidate.variant, ship, origin, name=name, fallbacks=(floor,), reason=verdict.plain_reason,
-            watch=evidence.watch(bench, candidate.variant, detection_runs=0), parent=parents.get(name),
-        )  # fmt: skip
-        package.write_artifact(folder / name, package.build_artifact(content))
-    package.write_artifact(
-        folder / floor, package.build_artifact(floor_of(bench, ship, origin, parent=parents.get(floor)))
-    )
-
-
-def artifact_of(
-    bench: assess.Bench, variant: Variant, ship: Shipped, origin: package.Origin, *, name: str,
-    fallbacks: tuple[str, ...], reason: str, watch: evidence.Watch, parent: str | None = None,
-) -> package.Content:  # fmt: skip
-    """What an artifact with a model says."""
-    recipe, device = bench.recipe, ship.device
-    return package.Content(
-        name=name,
-        task=bench.task,
-        package=recipe.package,
-        origin=origin,
-        budget=_budget(device, recipe),
-        fallbacks=fallbacks,
-        card=_card(bench, ship, origin, watch),
-        choice=Choice(variant=variant.name, device_class=device.name, reason=reason),
-        precision=variant.precision,
-        reads=variant.model.channels,
-        model=variant.onnx,
-        reference=watch.reference,
-        golden=evidence.golden(bench, variant),
-        scales=variant.scales,
-        calibrator=recipe.quantise.calibrator,
-        parent=parent,
-    )
-
-
-def floor_of(
-    bench: assess.Bench, ship: Shipped, origin: package.Origin, *, parent: str | None = None
-) -> package.Content:
-    """The constant answer: each label's share of the training rows."""
-    return package.Content(
-        name=floor_name(bench.task),
-        task=bench.task,
-        package=bench.recipe.package,
-        origin=origin,
-        budget=_budget(ship.device, bench.recipe),
-        fallbacks=(),
-        card=_card(bench, ship, origin, None),
-        choice=Choice(
-            variant="class-prior", device_class=ship.device.name, reason="the answer when no model can give one"
-        ),
-        precision="constant",
-        prior=evidence.class_prior(bench.task, bench.data),
-        parent=parent,
-    )
-
-
-def _budget(device: DeviceClassTable, recipe: Recipe) -> Budget:
-    return Budget(
-        device_class=device.name,
-        latency_p95_us=device.latency_p95_us,
-        size_bytes=device.size_bytes,
-        accuracy_drop=recipe.gates.accuracy_drop,
-    )
-
-
-def _card(
-    bench: assess.Bench, ship: Shipped, origin: package.Origin, watch: evidence.Watch | None
-) -> dict[str, object]:
-    return package.make_card(
-        accuracy=ship.accuracy,
-        role=Role.STREAM,
-        rows=len(bench.data.role(Role.STREAM)),
-        faults=ship.faults,
-        origin=origin,
-        package=bench.recipe.package,
-        device_class=ship.device.name,
-        claim=watch.claim if watch else None,
-        detectability=watch.detectability if watch else (),
-        accuracy_new=_new_accuracy(bench, ship),
-    )
-
-
-def _new_accuracy(bench: assess.Bench, ship: Shipped) -> dict[str, object]:
-    """On newcomers' uploaded rows, each judged by a training that had not seen it; empty in a first run."""
-    if not ship.accuracy_new:
-        return {}
-    rows = len(bench.data.role(Role.ENROL_REFERENCE))
-    told = {name: round(value, 4) for name, value in ship.accuracy_new.items()}
-    return {"role": Role.ENROL_REFERENCE.value, "rows": rows, **told}

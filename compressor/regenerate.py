@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -142,6 +143,18 @@ def new_accuracy(candidate: Candidate, halves: Halves) -> float:
     return float(
         np.average([candidate.accuracy[key] for key in (Role.ENROL_REFERENCE.value, SWAPPED)], weights=counts)
     )
+
+
+def on_reference(told: Regeneration, device: str, engines: Mapping[str, Candidate]) -> dict[str, Any]:
+    """For the card: what ships, on the halves it was not trained on, and what shipped before it."""
+    former = told.before[device]
+    firsts = {name: former.fallbacks.get(name, former.active) for name in engines}
+
+    def figures(ones: Mapping[str, Candidate]) -> dict[str, float]:
+        return {name: round(one.accuracy[Role.ENROL_REFERENCE], 4) for name, one in ones.items()}
+
+    rows = len(told.enrolment.reference)
+    return {"role": Role.ENROL_REFERENCE.value, "rows": rows, **figures(engines), "before": figures(firsts)}
 
 
 def second_gates(limits: RegenerateTable, first: Candidate, second: Candidate, halves: Halves) -> tuple[Gate, ...]:

@@ -17,9 +17,10 @@ from compressor.candidate import Candidate, Gate, Verdict
 from compressor.enrolment import Halves
 from compressor.files import write_file
 from compressor.measure import load_average
-from compressor.pipeline import Result, Shipped
+from compressor.pipeline import Result
 from compressor.regenerate import KEPT, SWAPPED, new_accuracy
-from compressor.select import RANK
+from compressor.select import RANK, figure
+from compressor.shipping import Shipped
 from compressor.task import Role
 
 FORMAT = 1
@@ -167,7 +168,7 @@ def _shipped(ship: Shipped, result: Result, folder: Path) -> dict[str, Any]:
         "variants": [_verdict(verdict, by_name[verdict.candidate]) for verdict in ship.verdicts],
         "fallback_variants": [_verdict(verdict, by_name[verdict.candidate]) for verdict in ship.fallback_verdicts],
         "accuracy": {"role": Role.STREAM.value, **{name: round(value, 4) for name, value in ship.accuracy.items()}},
-        "accuracy_new": {name: round(value, 4) for name, value in ship.accuracy_new.items()},
+        "accuracy_new": dict(ship.accuracy_new),
         "faults": [{**asdict(line), "channels": list(line.channels)} for line in ship.faults],
         "claim": ship.watch.claim,
         "detectability": list(ship.watch.detectability),
@@ -249,6 +250,7 @@ def render_html(document: dict[str, Any], svg: str) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda value: f"{100 * value:.1f} %"
     environment.filters["shade"] = shade
+    environment.filters["figure"] = figure
     template = environment.from_string(files("compressor").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     return template.render(report=document, svg=svg)
 

@@ -53,6 +53,8 @@ class SubprocessTrainer:
             *self._program, "compress", str(self._recipe), "--out", str(folder / "out"), "--cache", str(self._cache),
             "--enrolment", str(recordings), "--set", f"package.version={version}",
         ]  # fmt: skip
+        if self._device_class:
+            arguments += ["--device-class", self._device_class]
         for setting in self._settings:
             arguments += ["--set", setting]
         try:

@@ -55,6 +55,14 @@ def test_what_was_built_is_found_and_the_pipeline_was_asked_rightly(tmp_path: Pa
     assert running.poll() is None
 
 
+def test_only_the_wanted_class_is_asked_for(tmp_path: Path) -> None:
+    running = trainer(BUILD, tmp_path, device_class="gateway")
+    running.start(tmp_path / "b", tmp_path / "rec", version=2)
+    built = wait_until(running.poll)
+    assert isinstance(built, Built)
+    assert "--device-class gateway" in (built.artifacts[0] / "manifest.json").read_text()
+
+
 def test_a_failure_is_told_with_its_last_words(tmp_path: Path) -> None:
     running = trainer("import sys; print('gate refused c48', file=sys.stderr); sys.exit(11)", tmp_path)
     running.start(tmp_path / "b", tmp_path, version=1)
