@@ -331,11 +331,14 @@ class Conductor:
         if change is None:
             return
         change.told(code, text)
-        if change.worker_wanted and self.generations.current is None:
+        unserved = self.generations.current is None and not self.generations.is_starting
+        if (change.worker_wanted or unserved) and self._change is None and not self._stopping:
             self._start_worker()
 
     def _put_on(self, change: _Change, usable: dict[str, tuple[str, ...]]) -> None:
         """The comer takes over: from here on its equipment is what is watched and decided about."""
+        if self._start_timer:
+            self._start_timer.cancel()
         self.read_observations()
         self.send_telemetry()  # windows never span two references
         parts, before = self._parts, self._parts.equipment

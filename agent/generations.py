@@ -95,16 +95,16 @@ class Generations:
         if not isinstance(frame, Ready):
             self._on_frame(generation.number, frame)
         elif generation is self._incoming:
+            self._incoming = None  # who says no may begin another one
             if self._admits(generation.number, frame):
                 self._hand_over(generation, frame)
             else:
-                self._incoming = None
                 generation.kill("refused")
         else:
             generation.kill("superseded")
 
     def _hand_over(self, comer: Generation, ready: Ready) -> None:
-        leaver, self._current, self._incoming = self._current, comer, None
+        leaver, self._current = self._current, comer
         self._on_frame(comer.number, ready)  # whom it prefers is told before it accepts anything
         comer.serve()
         if leaver is not None:

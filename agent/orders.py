@@ -26,6 +26,7 @@ KEYS_LIVE_S = 300.0  # a withdrawn key is believed so much longer at most
 REFRESH_PAUSE_S = 5.0
 FIRST_RETRY_S, LONGEST_RETRY_S = 2.0, 60.0
 MAX_COMMANDS = 16
+WORD_S, MAX_WORDS = 10.0, 10.0  # a refusal is told at most so often, after so many at once; the rest is counted
 WAIT_S = 600.0  # a command that cannot be judged for so long is refused
 DESIRED = "desired"
 
@@ -114,6 +115,7 @@ class Orders:
         self._trouble: tuple[str, str] = ("", "")
         self._refused: Counter[str] = Counter()
         self._accepted = 0
+        self._words, self._spoke_s = MAX_WORDS, monotonic_s()
 
     # --- what arrives ---------------------------------------------------------------------------------------
     def take_desired(self, envelope: bytes) -> None:
@@ -187,6 +189,12 @@ class Orders:
 
     def _refuse(self, letter: _Letter, code: str, text: str) -> None:
         self._refused[code] += 1
+        now_s = monotonic_s()
+        self._words = min(self._words + (now_s - self._spoke_s) / WORD_S, MAX_WORDS)
+        self._spoke_s = now_s
+        if self._words < 1.0:
+            return  # counted: a flood of forgeries must not push other messages out of the outbox
+        self._words -= 1.0
         self._handlers.refused(Refusal(letter.op, code, text, _claimed(letter), letter.correlation))
 
     # --- keys -----------------------------------------------------------------------------------------------

@@ -192,9 +192,6 @@ class Updater:
         target = self.lifecycle.update.waiting or self.lifecycle.update.target
         return target.repository if target else ""
 
-    def is_installed(self, digest: str) -> bool:
-        return digest in digests(self.lifecycle.update.installed)
-
     # --- what others read -----------------------------------------------------------------------------------
     def reported(self) -> dict[str, Any]:
         """The update's part of the `reported` document."""

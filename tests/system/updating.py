@@ -44,14 +44,12 @@ class Director:
     def want(self, artifacts: dict[str, str], *, keys: KeyRing | None = None, **fields: Any) -> int:
         """Say what is desired; returns the document's version."""
         self.version += 1
-        fields = {"device": DEVICE, "version": self.version, "rollback": False, "deadline_s": 0.0, **fields}
+        fields = {"device": DEVICE, "version": self.version, "repository": self.server.url, **fields}
         order = [name for name in ("wrist", "wrist-accel", "wrist-floor", "wrist-faulty") if name in artifacts]
-        document = Desired(
-            issued_at=wall_s(), services={"wrist": {"artifacts": artifacts, "order": order}},
-            repository=self.server.url, **fields,
-        )  # fmt: skip
+        services = {"wrist": {"artifacts": artifacts, "order": order}}
+        document = Desired(issued_at=wall_s(), services=services, **fields)
         self.retain(seal(document, (keys or self.keys).private("director")))
-        return self.version
+        return document.version
 
     def retain(self, envelope: bytes) -> None:
         self.subscriber.publish(TOPICS.desired, envelope, retain=True)
@@ -62,7 +60,7 @@ class Director:
         fields = {"device": DEVICE, "seq": self.seq, "not_after": wall_s() + 60.0, **fields}
         command = SignedCommand(op=op, nonce="0123456789abcdef", body=body or {}, **fields)
         self.subscriber.publish(TOPICS.command(op), seal(command, self.keys.private("director")), retain=False)
-        return self.seq
+        return command.seq
 
     def reply(self, op: str, seq: int) -> dict[str, Any]:
         def found() -> dict[str, Any] | None:
