@@ -1,10 +1,14 @@
 """Against a real mosquitto: nothing is lost while it is away, and what it says back is taken seriously."""
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import pytest
+from paho.mqtt import client as mqtt
+from paho.mqtt.enums import CallbackAPIVersion
 
 from agent.client import Client
 from scripts.story.broker import OPERATOR, Broker
@@ -144,6 +148,56 @@ def test_what_nobody_subscribes_to_is_kept_until_somebody_does(agent: Agent, bro
         wait_until(lambda: listener.missing(DEVICE) == 0, "without gaps")
     finally:
         listener.stop()
+
+
+class Partial:
+    """Subscribes to some topics only, with a session that ends with it; counts what comes by its last words."""
+
+    def __init__(self, broker: Broker, words: str) -> None:
+        self.seen: list[str] = []
+        subscribed = threading.Event()
+        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id="partial", protocol=mqtt.MQTTv5)
+        self.client.username_pw_set(OPERATOR, broker.users[OPERATOR])
+        self.client.on_message = lambda _client, _data, message: self.seen.append(message.topic.split("/", 4)[-1])
+        self.client.on_subscribe = lambda *_: subscribed.set()
+        self.client.connect("127.0.0.1", broker.port)
+        self.client.subscribe(f"ew/1/{FLEET}/+/{words}", qos=1)
+        self.client.loop_start()
+        assert subscribed.wait(10)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.client.disconnect()
+        self.client.loop_stop()
+
+
+def test_a_listener_of_telemetry_alone_gets_it_and_alarms_are_kept(agent: Agent, broker: Broker) -> None:
+    agent.write(agent.link_to(broker, interval_s=0.2))
+    with Partial(broker, "tm") as listener:
+        agent.start()
+        wait_until(lambda: len(listener.seen) >= 10, "telemetry arrives", within_s=20)
+    assert set(listener.seen) == {"tm"}
+    assert agent.status()["link"]["unheard"]
+    assert agent.status()["outbox"]["rows"] >= 1  # notices and alarms
+
+
+def test_a_listener_of_events_alone_gets_alarms_at_once_and_telemetry_does_not_pile_up(
+    agent: Agent, broker: Broker
+) -> None:
+    agent.write(agent.link_to(broker, interval_s=0.2))
+    with Partial(broker, "ev/#") as listener:
+        agent.start()
+        wait_until(
+            lambda: any(topic.endswith("/tm") for topic in agent.status()["link"]["unheard"]), "telemetry is unheard"
+        )
+        with Client(agent.address) as client:
+            for window in gyro_off(record(seed=9).windows[20:40]):
+                client.infer("wrist", {"window": window[None]})
+        wait_until(lambda: any("/sensor" in topic for topic in listener.seen), "the alarm arrives", within_s=10)
+        wait_until(lambda: agent.status()["outbox"]["unwanted"] >= 1, "telemetry is let go")
+    assert not any(topic == "tm" for topic in listener.seen)
 
 
 def test_the_last_will_is_armed_and_a_short_loss_stays_unheard(

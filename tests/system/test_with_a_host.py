@@ -1,0 +1,175 @@
+"""A real agent with a real host: enrolment, acknowledged telemetry, recordings on request."""
+
+from __future__ import annotations
+
+import stat
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agent.clock import wall_s
+from agent.contract.repository import FamilyPolicy
+from compressor.config import HostConfig
+from compressor.fleet.database import devices, messages, plans
+from compressor.fleet.service import Service
+from compressor.fleet.tokens import hash_token, new_token
+from compressor.keys import KeyRing
+from compressor.publish import Repository
+from scripts.story.broker import OPERATOR, Broker
+from tests.artifacts import record
+from tests.system.conftest import DEVICE, FLEET, Agent, wait_until
+from tests.system.updating import update_toml
+
+pytestmark = [pytest.mark.system, pytest.mark.torch]
+
+
+class Host:
+    """`edgewarden-compressor serve` in this process."""
+
+    def __init__(self, folder: Path, broker: Broker) -> None:
+        self.folder = folder
+        self.service = Service(
+            HostConfig.model_validate({
+                "host": {"folder": folder / "host"},
+                "link": {"host": "127.0.0.1", "port": broker.port, "username": OPERATOR,
+                         "password_file": str(broker.password_file(OPERATOR))},
+                "fleet": {"name": FLEET}, "http": {"port": 0}, "web": {"enabled": False},
+                "repository": {"folder": str(folder / "repository"), "keys": str(folder / "keys")},
+            }),
+            say=lambda *_: None,
+        )  # fmt: skip
+        self.thread = threading.Thread(target=self.service.run, name="host")
+        self.thread.start()
+        assert self.service.wait_ready(15)
+
+    def stop(self) -> None:
+        self.service.stop()
+        self.thread.join(20)
+
+    def token(self) -> str:
+        token = new_token()
+        with self.service.database.writing() as tx:
+            devices.add_token(tx, hash_token(token), DEVICE, now_s=wall_s(), lifetime_s=600.0)
+        return token
+
+    def row(self) -> Any:
+        with self.service.database.reading() as tx:
+            return devices.find(tx, DEVICE)
+
+    def committed(self) -> int:
+        with self.service.database.reading() as tx:
+            return sum(messages.watermarks(tx, DEVICE).values())
+
+    def ask_for_sample(self) -> None:
+        self.service.steward._ask(DEVICE, "wrist", "", 0, wall_s())
+
+    def samples(self) -> list[tuple[str, str]]:
+        with self.service.database.reading() as tx:
+            return [(row.state, row.text) for row in plans.samples(tx, service="wrist")]
+
+
+@pytest.fixture
+def host(short: Path, broker: Broker) -> Iterator[Host]:
+    keys = KeyRing.create(short / "keys", ["wrist"])
+    repository = Repository.init(short / "repository", keys, {"wrist": FamilyPolicy("auto", (DEVICE,))})
+    (short / "root.json").write_bytes(repository.trusted_root())
+    host = Host(short, broker)
+    yield host
+    host.stop()
+
+
+def configure(agent: Agent, broker: Broker, host: Host, *, allow: bool = True) -> None:
+    token = agent.folder / "token"
+    token.write_text(host.token() + "\n")
+    recordings = agent.folder / "recordings"
+    recordings.mkdir()
+    agent.write(
+        agent.link_to(broker)
+        + update_toml(agent.folder)
+        + f"""
+[enrolment]
+url = "{host.service.public_url()}/enrol"
+token_file = "{token}"
+[samples]
+allow = {str(allow).lower()}
+folder = "{recordings}"
+max_bytes = 1000000
+[outbox]
+delete_after = "host"
+"""
+    )
+
+
+def save(path: Path, rows: int = 12, **changes: Any) -> None:
+    arrays = {"windows": record(seed=4).windows[:rows], "labels": np.zeros(rows, np.int64)}
+    np.savez(path, **{**arrays, "recordings": np.arange(rows) // 6, **changes})
+
+
+def test_a_device_enrols_once_and_then_keeps_messages_until_its_host_has_them(
+    agent: Agent, broker: Broker, host: Host
+) -> None:
+    configure(agent, broker, host)
+    agent.start()
+    wait_until(lambda: agent.status()["update"]["enrolment"]["state"] == "enrolled", "it is enrolled")
+    assert stat.S_IMODE((agent.state / "device.pem").stat().st_mode) == 0o600
+    row = wait_until(lambda: (found := host.row()) and found.enrolled_at and found, "the host knows it")
+    assert len(row.public_key) == 64
+    assert "BEGIN PRIVATE" not in agent.log.read_text()
+    wait_until(lambda: host.committed() >= 3, "telemetry is committed")
+    wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "what is committed is forgotten")
+    host.stop()
+    wait_until(lambda: agent.status()["outbox"]["rows"] >= 4, "messages are kept while the host is away")
+    boot = agent.status()["agent"]["boot"]
+    assert agent.stop() == 0
+    host.__init__(host.folder, broker)  # type: ignore[misc]
+    agent.start()
+    assert agent.status()["update"]["enrolment"]["state"] == "enrolled"
+    wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "all of it has arrived")
+    with host.service.database.reading() as tx:
+        assert messages.watermarks(tx, DEVICE)[boot] >= 6
+        assert messages.missing(tx, DEVICE) == 0
+
+
+def test_a_used_token_is_refused_and_the_device_serves_all_the_same(agent: Agent, broker: Broker, host: Host) -> None:
+    configure(agent, broker, host)
+    (agent.folder / "token").write_text("A" * 32)
+    agent.start()
+    wait_until(lambda: agent.status()["update"]["enrolment"]["code"] == "untrusted", "the refusal is told")
+    assert agent.service()["serving"] == "wrist"
+    assert "A" * 32 not in agent.log.read_text() + str(agent.status())
+
+
+def test_recordings_are_uploaded_when_asked_for_and_only_sound_ones(agent: Agent, broker: Broker, host: Host) -> None:
+    configure(agent, broker, host)
+    agent.start()
+    wait_until(lambda: agent.status()["update"]["enrolment"]["state"] == "enrolled", "it is enrolled")
+    wait_until(lambda: agent.status()["link"]["received"] > 0, "it hears its host")
+    folder = agent.folder / "recordings"
+
+    def asked() -> tuple[str, str]:
+        before = len(host.samples())
+        host.ask_for_sample()
+        return wait_until(
+            lambda: (found := host.samples()) and len(found) > before and found[0][0] != "asked" and found[0],
+            "it ends",
+        )
+
+    assert asked()[0] == "refused"  # there is none
+    save(folder / "a.npz")
+    state, text = asked()
+    assert (state, text.split(",")[0]) == ("accepted", "12 windows of 2 recordings")
+    wait_until(lambda: any("were uploaded" in one["text"] for one in agent.status()["events"]), "the event")
+    poisoned = record(seed=4).windows[:12].copy()
+    poisoned[3, 5, 1] = np.nan
+    save(folder / "b.npz", windows=poisoned)
+    assert "not finite" in asked()[1]
+    save(folder / "c.npz", windows=np.zeros((12, 64, 6), np.float32))
+    assert "the model takes" in asked()[1]
+    (folder / "d.npz").write_bytes(b"x" * 2_000_000)
+    assert "1000000 are allowed" in asked()[1]
+    (folder / "d.npz").write_bytes(b"PK\x03\x04 and then nothing")
+    assert "no recording" in asked()[1]
