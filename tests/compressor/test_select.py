@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from compressor.candidate import Candidate, Gate, Latency, Variant
 from compressor.errors import GateFailed
 from compressor.recipe import DeviceClassTable, ModelTable, SelectTable
-from compressor.select import choose, chosen, pareto_front
+from compressor.select import choose, choose_lineup, chosen, figure, pareto_front
 
 RULES = SelectTable(tie=0.003, min_speedup=1.05)
 
@@ -99,3 +101,41 @@ def test_the_front_holds_what_nobody_beats() -> None:
         candidate("fast", 0.95, 20, 400), candidate("tiny", 0.90, 20, 100),
     ]  # fmt: skip
     assert pareto_front(pool) == ("exact", "fast", "tiny")
+
+
+def as_fallback(one: Candidate) -> Candidate:
+    table = one.variant.model.model_copy(update={"role": "fallback"})
+    return replace(one, variant=replace(one.variant, model=table))
+
+
+def test_a_fallback_whose_successors_fail_stays_as_it_was() -> None:
+    pool = [candidate("net", 0.99, 10, 90), as_fallback(candidate("accel", 0.9, 10, 90, passed=False))]
+    former = as_fallback(candidate("accel-kept", 0.8, 10, 90, model="accel"))
+    lineup = choose_lineup(pool, device(), RULES, service="wrist", kept=[former])
+    assert lineup.fallbacks == {"wrist-accel": former}
+    refused, stays = lineup.fallback_verdicts
+    assert (refused.chosen, stays.chosen) == (False, True)
+    assert "accuracy 1 is above 0.5" in refused.reason
+    assert "kept" in stays.reason
+
+
+def test_a_fallback_whose_successor_passes_is_replaced() -> None:
+    better = as_fallback(candidate("accel", 0.9, 10, 90))
+    former = as_fallback(candidate("accel-kept", 0.95, 10, 90, model="accel"))
+    pool = [candidate("net", 0.99, 10, 90), better]
+    assert choose_lineup(pool, device(), RULES, service="wrist", kept=[former]).fallbacks == {"wrist-accel": better}
+
+
+def test_a_fallback_without_former_is_refused_like_a_model() -> None:
+    pool = [candidate("net", 0.99, 10, 90), as_fallback(candidate("accel", 0.9, 10, 90, passed=False))]
+    with pytest.raises(GateFailed, match="every fallback"):
+        choose_lineup(pool, device(), RULES, service="wrist")
+
+
+def test_large_figures_are_told_whole_and_small_ones_short() -> None:
+    assert [figure(value) for value in (1_334_064, 1000, 247.57, 0.036735, 0)] == [
+        "1,334,064", "1,000", "247.6", "0.03673", "0",
+    ]  # fmt: skip
+    pool = [candidate("big", 0.99, 10, 1_334_064), candidate("ok", 0.9, 10, 90)]
+    verdicts = choose(pool, device(size=300_000), RULES, kind="model")
+    assert verdicts[0].reason == "size 1,334,064 bytes is above 300,000"

@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agent.contract.artifact import open_artifact
+from agent.engine import OnnxEngine
 from compressor.cli import main
 from compressor.errors import DataError, RecipeError
+from compressor.evaluate import ask
 from compressor.examples.wrist import task as wrist
 from compressor.task import Role
 
@@ -139,3 +143,48 @@ def test_the_quick_recipe_keeps_its_promises(tmp_path: Path) -> None:
     assert [d["artifacts"] for d in reports[0]["device_classes"]] == [
         d["artifacts"] for d in reports[1]["device_classes"]
     ]
+
+
+def _enrolment(folder: Path, wearers: tuple[int, ...]) -> None:
+    """What the watches of new wearers upload: the first 30 % of each of their recordings."""
+    folder.mkdir()
+    for wearer in wearers:
+        windows, labels, recordings = [], [], []
+        for number, (samples, label, who) in enumerate(wrist._recordings()):
+            if who == wearer:
+                end = int(0.3 * len(samples))
+                cut = [samples[at : at + 128] for at in range(0, end - 127, 64)]
+                windows += cut
+                labels += [label] * len(cut)
+                recordings += [number % 128] * len(cut)
+        np.savez(
+            folder / f"watch-{wearer}.npz", windows=np.stack(windows), labels=np.array(labels, np.int8),
+            recordings=np.array(recordings, np.int16),
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.timeout(900)
+def test_new_wearers_are_learnt_and_the_enrolled_ones_not_forgotten(tmp_path: Path) -> None:
+    """Little training, so that it is about the way and not about the figures."""
+    _enrolment(tmp_path / "recordings", (1, 2, 3))
+    recipe = tmp_path / "recipe.toml"
+    text = QUICK.read_text().replace('"task.py"', '"compressor.examples.wrist.task"')
+    recipe.write_text(re.sub(r"epochs = \d+", "epochs = 6", text))
+    arguments = [
+        "compress", str(recipe), "--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--enrolment",
+        str(tmp_path / "recordings"), "--device-class", "gateway", "--set", "package.version=2",
+        "--set", "gates.accuracy_drop=0.1", "--set", "gates.fallback_drop=0.4", "--set", "regenerate.epochs_share=1",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (device,) = report["regeneration"]["device_classes"]
+    active = device["engines"][0]
+    assert active["after"]["new"] > active["before"]["new"] + 0.05
+    assert active["after"]["stream"] > active["before"]["stream"] - 0.05
+    artifact = open_artifact(tmp_path / "out" / "gateway" / "wrist")
+    made = OnnxEngine.load(artifact.path("model"))
+    new = wrist.load({}).role(Role.NEW_TEST)
+    after = ask(made, "window", new.windows).accuracy(new.labels)
+    assert after > 0.8
