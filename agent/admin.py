@@ -1,7 +1,8 @@
-"""The admin socket: status, metrics, pin and unpin, over HTTP/1.1 on a Unix socket only this user may open (0600).
+"""The admin socket: status, metrics and what an operator may do, over HTTP/1.1 on a Unix socket of this user (0600).
 
     GET /status    JSON          POST /pin    {"service": "wrist", "engine": "wrist-accel"}
     GET /metrics   Prometheus    POST /unpin  {"service": "wrist"}
+                                 POST /rollback
 
 Small on purpose: one request per connection, bounded sizes and times. What the answers say is `Desk`'s.
 """
@@ -24,7 +25,7 @@ REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not All
 
 
 class Desk(Protocol):
-    """Who answers. `pin` and `unpin` raise EdgewardenError when the service or engine is unknown."""
+    """Who answers. `pin`, `unpin` and `roll_back` raise EdgewardenError when what is asked for does not exist."""
 
     def status(self) -> dict[str, Any]: ...
 
@@ -33,6 +34,8 @@ class Desk(Protocol):
     def pin(self, service: str, engine: str) -> dict[str, Any]: ...
 
     def unpin(self, service: str) -> dict[str, Any]: ...
+
+    def roll_back(self) -> dict[str, Any]: ...
 
 
 class Admin:
@@ -85,10 +88,14 @@ class Admin:
                 return _json(200, self._desk.pin(document["service"], document["engine"]))
             case "POST", "/unpin":
                 return _json(200, self._desk.unpin(_document(body, ("service",))["service"]))
-            case _, "/status" | "/metrics" | "/pin" | "/unpin":
+            case "POST", "/rollback":
+                return _json(200, self._desk.roll_back())
+            case _, "/status" | "/metrics" | "/pin" | "/unpin" | "/rollback":
                 return _json(405, {"error": f"{method} is not for {target}"})
             case _:
-                return _json(404, {"error": f"there is no {target[:60]}; try /status, /metrics, /pin, /unpin"})
+                return _json(
+                    404, {"error": f"there is no {target[:60]}; try /status, /metrics, /pin, /unpin, /rollback"}
+                )
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:

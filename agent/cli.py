@@ -89,6 +89,11 @@ def unpin(options: argparse.Namespace) -> int:
     )
 
 
+def rollback(options: argparse.Namespace) -> int:
+    document = ask(_admin_socket(options), "/rollback", {})
+    return _told(options, document, "going back to the previous selection; `status` shows how far it is")
+
+
 def check_config(options: argparse.Namespace) -> int:
     from agent.config import load_config
 
@@ -337,10 +342,11 @@ def _parser() -> argparse.ArgumentParser:
     pinned.add_argument("engine")
     released = add("unpin", unpin, "Give the choice of engine back to the agent.")
     released.add_argument("service")
+    returned = add("rollback", rollback, "Go back to the models that served before the last update.")
     examined = add("doctor", doctor, "Look for what would keep the agent from working, and say what to do.")
-    for one in (shown, pinned, released):
+    for one in (shown, pinned, released, returned):
         one.add_argument("--socket", metavar="PATH", help="the admin socket (default: as configured)")
-    add_json(shown, asked, checked, pinned, released, examined)
+    add_json(shown, asked, checked, pinned, released, returned, examined)
     return parser
 
 

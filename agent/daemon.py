@@ -18,7 +18,7 @@ from agent.admin import Admin
 from agent.blueprint import Blueprint
 from agent.conductor import Conductor
 from agent.config import load_config
-from agent.contract.errors import UnknownModel
+from agent.contract.errors import InvalidRequest, UnknownModel
 from agent.decisions.events import Pinned, Unpinned
 from agent.journal import Journal, Severity, choose_style
 from agent.link import Link
@@ -116,6 +116,13 @@ class Daemon:
         self._blueprint(service)
         self._conductor.handle(Unpinned(service))
         return self._parts.supervisor.status(service)
+
+    def roll_back(self) -> dict[str, Any]:
+        """Raises: InvalidRequest: there is nothing to go back to."""
+        updater = self._conductor.steering.updater
+        if updater is None or not updater.roll_back("asked for by an operator"):
+            raise InvalidRequest("there is no previous selection to go back to")
+        return updater.status()
 
     def _blueprint(self, service: str) -> Blueprint:
         for blueprint in self._parts.blueprints:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from agent.client import Client
 from agent.clock import wall_s
+from agent.contract.artifact import open_artifact
 from compressor.keys import KeyRing
 from scripts.story.broker import OPERATOR, Broker
 from scripts.story.subscriber import Subscriber
 from tests.agent.ota.server import Fault
-from tests.artifacts import record
+from tests.artifacts import gyro_off, record
 from tests.system.conftest import DEVICE, FLEET, Agent, Load, wait_until
 from tests.system.updating import Director, fleet, next_version, said, update_toml, versions
 
@@ -275,3 +277,124 @@ def test_a_disk_that_fills_up_during_the_download_stops_neither_serving_nor_late
     finally:
         updated.stop()
         subprocess.run(["umount", str(updated.state)], check=True)
+
+
+# --- after the swap ----------------------------------------------------------------------------------------
+def test_a_candidate_that_fails_requests_on_probation_is_taken_back(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    updated.config.write_text(updated.config.read_text().replace("probation_s = 0.5", "probation_s = 60"))
+    updated.start()
+    bad = director.publish(next_version(updated.artifacts, tmp_path, 2, wrist="wrist-faulty"))
+    with Load(updated.address, record(seed=9).windows[:1]) as load:
+        report = director.end(director.want(bad))
+    assert (report["update_state"], report["code"]) == ("rolled_back", "engine_failed"), report
+    assert load.failed == []  # its fallback answered in its place
+    serves_v1(updated)
+    again = director.end(director.want(bad))
+    assert (again["update_state"], again["code"]) == ("rejected", "quarantined")
+
+
+def test_a_candidate_whose_worker_dies_twice_on_probation_is_taken_back(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    updated.config.write_text(updated.config.read_text().replace("probation_s = 0.5", "probation_s = 60"))
+    updated.start()
+    version = director.want(director.publish(next_version(updated.artifacts, tmp_path, 2)))
+    for _ in range(2):
+        wait_until(
+            lambda: versions(updated)["wrist"] == 2 and updated.status()["worker"]["phase"] == "serving",
+            "the candidate serves",
+        )
+        os.kill(updated.status()["worker"]["pid"], signal.SIGKILL)
+        wait_until(lambda: updated.status()["worker"]["phase"] != "serving", "its worker is gone")
+    report = director.end(version)
+    assert (report["update_state"], report["code"]) == ("rolled_back", "crashed")
+    wait_until(lambda: updated.status()["worker"]["phase"] == "serving", "somebody serves")
+    serves_v1(updated)
+
+
+def test_the_previous_models_come_back_when_an_operator_or_a_director_asks(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    updated.start()
+    first = director.publish(next_version(updated.artifacts, tmp_path, 2))
+    assert director.end(director.want(first))["update_state"] == "committed"
+    second = director.publish(next_version(updated.artifacts, tmp_path, 3))
+    assert director.end(director.want(second))["update_state"] == "committed"
+    assert updated.command("rollback").returncode == 0
+    wait_until(lambda: updated.status()["update"]["state"] == "rolled_back", "it is rolled back")
+    assert versions(updated)["wrist"] == 2
+    assert updated.command("rollback").returncode != 0  # there is only one step back
+    third = director.publish(next_version(updated.artifacts, tmp_path, 4))
+    assert director.end(director.want(third))["update_state"] == "committed"
+    assert director.end(director.want(first))["code"] == "downgrade"
+    assert director.end(director.want(first, rollback=True))["update_state"] == "committed"
+    assert versions(updated)["wrist"] == 2
+    assert director.reply("rollback", director.order("rollback"))["ok"] is True
+    wait_until(lambda: versions(updated)["wrist"] == 4, "the director's order is obeyed")
+
+
+def test_a_sensor_that_is_broken_stays_known_over_an_update(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    updated.start()
+    with Client(updated.address, retry_once=True) as client:  # idle connections end with their worker
+        for window in gyro_off(record(seed=9).windows[:20]):
+            client.infer("wrist", {"window": window[None]})
+        wait_until(lambda: updated.service()["serving"] == "wrist-accel", "the fallback answers")
+        report = director.end(director.want(director.publish(next_version(updated.artifacts, tmp_path, 2))))
+        assert report["update_state"] == "committed"
+        answer = client.infer("wrist", {"window": gyro_off(record(seed=9).windows[:1])})
+    assert answer.served_by == "wrist-accel"
+    assert versions(updated)["wrist-accel"] == 2
+    assert updated.service()["guards"] == {"dead": ["gx", "gy", "gz"]}
+
+
+def test_installed_bytes_that_rot_are_noticed_at_the_start_and_fetched_again(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    updated.start()
+    new = director.publish(next_version(updated.artifacts, tmp_path, 2))
+    assert director.end(director.want(new))["update_state"] == "committed"
+    assert updated.stop() == 0
+    model = updated.state / "slots" / new["wrist"] / "model.onnx"
+    raw = bytearray(model.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    model.chmod(0o644)
+    model.write_bytes(raw)
+    updated.start()
+    assert any("cannot be served" in event["text"] for event in updated.status()["events"])
+    wait_until(lambda: versions(updated)["wrist"] == 2, "it is whole again")
+    wait_until(lambda: updated.status()["update"]["state"] == "committed", "and committed")
+    assert open_artifact(updated.state / "slots" / new["wrist"]).digest == new["wrist"]
+
+
+def test_what_was_installed_serves_after_a_restart_without_broker_and_repository(
+    updated: Agent, broker: Broker, director: Director, tmp_path: Path
+) -> None:
+    updated.start()
+    new = director.publish(next_version(updated.artifacts, tmp_path, 2))
+    assert director.end(director.want(new))["update_state"] == "committed"
+    assert updated.stop() == 0
+    broker.stop()
+    director.server.faults.append(Fault(status=503))
+    updated.start()
+    assert versions(updated) == {"wrist": 2, "wrist-accel": 2, "wrist-floor": 1}
+    assert updated.status()["update"]["state"] == "committed"
+    with Client(updated.address) as client:
+        assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist"
+
+
+def test_outside_its_window_an_update_is_staged_and_waits(updated: Agent, director: Director, tmp_path: Path) -> None:
+    hour = int(wall_s() // 3600) % 24
+    window = f"{(hour + 3) % 24:02d}:00-{(hour + 4) % 24:02d}:00"
+    updated.config.write_text(updated.config.read_text().replace("[update]", f'[update]\nwindow = "{window}"'))
+    updated.start()
+    version = director.want(director.publish(next_version(updated.artifacts, tmp_path, 2)))
+    wait_until(lambda: director.states(version)[-1:] == ["staged"], "it is staged")
+    serves_v1(updated)
+    assert updated.stop() == 0
+    updated.config.write_text(updated.config.read_text().replace(window, "00:00-23:59"))
+    updated.start()
+    assert director.end(version)["update_state"] == "committed"

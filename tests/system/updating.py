@@ -118,13 +118,16 @@ def next_version(
     names: tuple[str, ...] = ("wrist", "wrist-accel"),
     wrong: bool = False,
     device_class: str = "",
+    wrist: str = "wrist",
 ) -> dict[str, Path]:
-    """Copies of these artifacts with another version; `wrong`: the first answers its golden inputs wrongly."""
+    """Copies of these artifacts with another version; `wrong`: the first answers its golden inputs wrongly;
+    `wrist`: whose model the engine `wrist` gets.
+    """
     made = {}
     for name in names:
         made[name] = folder / f"v{version}" / name
-        shutil.copytree(artifacts[name], made[name])
-        changes: dict[str, Any] = {"version": version}
+        shutil.copytree(artifacts[wrist if name == "wrist" else name], made[name])
+        changes: dict[str, Any] = {"version": version, "name": name}
         if wrong and name == names[0]:
             _spoil(made[name])
             changes["blobs"] = {**open_blobs(made[name]), "golden": _blob(made[name], "golden")}
