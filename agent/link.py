@@ -2,9 +2,9 @@
 
 Promises: a message counts as delivered only when its PUBACK says success; at most a window of them is on its way;
 one that no broker takes (too large, malformed) is dropped and counted; a topic the broker forbids is set aside
-for a while, and said so; what the broker would throw away because nobody subscribes is kept and tried again (unless
-configured otherwise); a session that stops answering is replaced. Reconnects for ever, with growing, jittered
-pauses. A broker that is down never holds up anything else.
+for a while, and said so; what the broker would throw away because nobody subscribes to its topic is kept and tried
+again (unless configured otherwise) and holds up no other topic; a session that stops answering is replaced.
+Reconnects for ever, with growing, jittered pauses. A broker that is down never holds up anything else.
 Leaves to others: what is sent (`agent.outbox`), its meaning (`agent.contract.messages`), the wire (`agent.session`).
 """
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agent.clock import monotonic_s, wall_s
@@ -36,6 +38,15 @@ NO_SUBSCRIBER = 0x10  # a success for MQTT, but the broker has thrown the messag
 NOT_AUTHORIZED = 0x87
 PACKET_TOO_LARGE = 0x95
 NEVER_TAKEN = frozenset({0x90, PACKET_TOO_LARGE, 0x99})  # topic name invalid, ..., payload format invalid
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """A topic nobody subscribes to: one message asks at `next_s` whether somebody does by now. Monotonic seconds."""
+
+    asked_s: float
+    pause_s: float
+    next_s: float
 
 
 class Link:
@@ -66,7 +77,8 @@ class Link:
         self._denied: dict[str, float] = {}  # topic -> monotonic time of the next try
         self._busy_until_s = 0.0
         self._keep_unheard = keep_unheard
-        self._unheard_pause_s = 0.0  # 0 = somebody listens, or we do not know
+        self._unheard: dict[str, _Silence] = {}
+        self._heard_s = -math.inf  # when a subscriber last got a message, monotonic
         self._state, self._since, self._error = "connecting", wall_s(), ""
         self._counters = dict.fromkeys(("connects", "losses", "published", "received", "too_large", "stuck"), 0)
         self._refusals: Counter[str] = Counter()
@@ -121,14 +133,8 @@ class Link:
         self._denied = {topic: until_s for topic, until_s in self._denied.items() if until_s > now_s}
         self._send_documents(session)
         self._send_answers(session)
-        # while nobody listens one message at a time asks whether somebody does
-        window = 1 if self._unheard_pause_s else session.window
-        room = window - len(session.flights)
-        if room <= 0 or now_s < self._busy_until_s:
-            return
-        on_their_way = {flight.row.id for flight in session.flights.values() if flight.row is not None}
-        for row in self._outbox.take(room, skip_ids=on_their_way, skip_topics=self._denied, now=wall_s()):
-            self._send_row(session, row)
+        if now_s >= self._busy_until_s:
+            self._send_rows(session, now_s)
 
     def statistics(self) -> dict[str, Any]:
         """state: connecting | connected | waiting | refused | stopped; with reasons and counts."""
@@ -141,7 +147,7 @@ class Link:
             "error": self._error,
             "in_flight": flights,
             "denied_topics": sorted(self._denied),
-            "unheard": self._unheard_pause_s > 0,
+            "unheard": sorted(self._unheard),
             "refusals": dict(self._refusals),
             **self._counters,
         }
@@ -162,6 +168,7 @@ class Link:
             "link.connected", "connected to the broker", broker=f"{self._broker.host}:{self._broker.port}"
         )
         self._unannounced = dict(self._documents)
+        self._ask_again()
         self._outbox.send_again()
         try:
             while not session.closed.is_set():
@@ -200,6 +207,25 @@ class Link:
         self._error = "the broker does not let this device hear its director"
         self._journal.error("link.denied", self._error, topic=", ".join(self._filters))
 
+    def _send_rows(self, session: Session, now_s: float) -> None:
+        """Fill the window; of a topic nobody subscribes to only one message at a time asks again."""
+        rows_away = [flight.row for flight in session.flights.values() if flight.row is not None]
+        ids = {row.id for row in rows_away}
+        asking = {row.topic for row in rows_away}
+        skipped = {*self._denied} | {
+            topic for topic, silence in self._unheard.items() if topic in asking or now_s < silence.next_s
+        }
+        while (room := session.window - len(session.flights)) > 0:
+            rows = self._outbox.take(room, skip_ids=ids, skip_topics=skipped, now=wall_s())
+            if not rows:
+                return
+            for row in rows:
+                if row.topic in skipped:
+                    continue
+                self._send_row(session, row)
+                ids.add(row.id)
+                skipped |= {row.topic} & self._unheard.keys()
+
     def _send_row(self, session: Session, row: Row) -> None:
         if session.fits(row.topic, row.body):
             left_s = int(self._outbox.max_age_s - (wall_s() - row.at))
@@ -217,21 +243,38 @@ class Link:
     def _taken(self, flight: Flight, reason: int) -> None:
         """A PUBACK came."""
         if reason == NO_SUBSCRIBER and flight.row is not None and self._keep_unheard:
-            self._unheard()
+            self._not_heard(flight.row)
         elif reason < 0x80:
-            self._unheard_pause_s = 0.0 if flight.row is not None else self._unheard_pause_s
             self._counters["published"] += 1
             if flight.row is not None:
+                self._heard(flight.row)
                 self._outbox.settle(flight.row)
         else:
             self._not_taken(flight, reason)
         asyncio.get_running_loop().call_soon(self.pump)  # not from inside the session's callback
 
-    def _unheard(self) -> None:
+    def _heard(self, row: Row) -> None:
+        self._heard_s = monotonic_s()
+        if self._unheard.pop(row.topic, None) is not None:  # somebody came: perhaps for the other topics as well
+            self._ask_again()
+
+    def _not_heard(self, row: Row) -> None:
         now_s = monotonic_s()
-        if now_s >= self._busy_until_s:  # one of a window that was on its way together
-            self._unheard_pause_s = min(max(2 * self._unheard_pause_s, FIRST_UNHEARD_S), LONGEST_UNHEARD_S)
-            self._busy_until_s = now_s + self._unheard_pause_s
+        known = self._unheard.get(row.topic)
+        if known is None:
+            self._unheard[row.topic] = _Silence(now_s, FIRST_UNHEARD_S, now_s + FIRST_UNHEARD_S)
+        elif now_s >= known.next_s:  # else one of a window that was on its way together
+            if self._heard_s > known.asked_s:  # since this topic was last asked about: who listens does not want it
+                self._outbox.pass_over(row)
+            pause_s = min(2 * known.pause_s, LONGEST_UNHEARD_S)
+            self._unheard[row.topic] = _Silence(now_s, pause_s, now_s + pause_s)
+
+    def _ask_again(self) -> None:
+        """Ask soon about every topic that nobody subscribed to."""
+        self._unheard = {
+            topic: _Silence(silence.asked_s, FIRST_UNHEARD_S, min(silence.next_s, monotonic_s()))
+            for topic, silence in self._unheard.items()
+        }
 
     def _not_taken(self, flight: Flight, reason: int) -> None:
         self._refusals[f"0x{reason:02x}"] += 1

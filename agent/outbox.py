@@ -45,7 +45,7 @@ class Outbox:
         self._taken: dict[int, tuple[str, int]] = {}  # the broker has them, the host has not committed them yet
         self._gone: set[int] = set()  # finished, but the full disk could not forget them yet
         self._count, self._bytes, self._oldest_at = store.outbox_totals()
-        self._counters = dict.fromkeys(("put", "settled", "expired", "refused", "storage_errors"), 0)
+        self._counters = dict.fromkeys(("put", "settled", "expired", "refused", "unwanted", "storage_errors"), 0)
         self._dropped = {priority.value: 0 for priority in Priority}
 
     def put(self, priority: Priority, topic: str, build: Callable[[int], bytes], *, at: float) -> int:
@@ -111,6 +111,26 @@ class Outbox:
         """No broker will ever take it."""
         self._counters["refused"] += 1
         self._finish(row)
+
+    def pass_over(self, row: Row) -> None:
+        """Somebody listens, but not to its topic: forget what waits for that topic, counted.
+
+        An alarm is kept all the same, and everything while only a host may remove what it has.
+        """
+        if row.priority == Priority.ALARM or self.follows_host:
+            return
+        if row.id in self._held:
+            del self._held[row.id]
+            self._counters["unwanted"] += 1
+            return
+        try:
+            count, size_bytes = self._store.delete_rows_of(row.topic)
+        except StorageError:
+            self._counters["storage_errors"] += 1
+            return
+        self._count -= count
+        self._bytes -= size_bytes
+        self._counters["unwanted"] += count
 
     def tidy(self, now: float, *, skip_ids: Collection[int] = ()) -> None:
         """Drop what is too old; bring to the disk what waited for room on it."""

@@ -186,7 +186,8 @@ def _link(status: Document, look: Look) -> Iterator[str]:
     if link["error"]:
         yield _row("", look.paint(look.cut(link["error"]), "yellow"))
     if link["unheard"]:
-        yield _row("", look.paint("nobody subscribes to this device's messages: they are kept", "yellow"))
+        words = ", ".join(topic.split("/", 4)[-1] for topic in link["unheard"])
+        yield _row("", look.paint(look.cut(f"nobody subscribes to this device's {words}"), "yellow"))
     dropped = int(outbox["dropped"] + outbox["expired"] + outbox["refused"])
     text = f"{int(outbox['rows']):,} waiting, {size(outbox['bytes'])} of {size(outbox['max_bytes'])}"
     yield _row("outbox", text + " · " + look.paint(f"{dropped:,} dropped", "red" if dropped else ""))

@@ -145,6 +145,14 @@ class Store:
             database.execute(f"DELETE {chosen}", tuple(ids))
         return int(count), int(size_bytes)
 
+    def delete_rows_of(self, topic: str) -> tuple[int, int]:
+        """Forget a topic's messages; returns (count, bytes). Raises: DiskFull, StateUnreadable."""
+        with self._writing(durable=False) as database:
+            query = "SELECT count(*), coalesce(sum(size_bytes), 0) FROM outbox WHERE topic = ?"
+            count, size_bytes = database.execute(query, (topic,)).fetchone()
+            database.execute("DELETE FROM outbox WHERE topic = ?", (topic,))
+        return int(count), int(size_bytes)
+
     def delete_rows_before(self, at: float) -> int:
         """Forget messages put before a wall time; returns how many. Raises: DiskFull, StateUnreadable."""
         with self._writing(durable=False) as database:

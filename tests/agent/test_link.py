@@ -1,6 +1,7 @@
 import asyncio
 import io
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -41,9 +42,11 @@ class Device:
         await asyncio.gather(self.task, return_exceptions=True)
         self.store.close()
 
-    def put(self, count: int = 1, *, topic: str = "tm", size: int = 0) -> None:
+    def put(
+        self, count: int = 1, *, topic: str = "tm", size: int = 0, priority: Priority = Priority.TELEMETRY
+    ) -> None:
         for _ in range(count):
-            self.outbox.put(Priority.TELEMETRY, topic, lambda seq: f"{seq}".encode().ljust(size), at=1e9)
+            self.outbox.put(priority, topic, lambda seq: f"{seq}".encode().ljust(size), at=1e9)
         self.link.pump()
 
 
@@ -199,6 +202,75 @@ def test_what_nobody_subscribes_to_is_kept_and_sent_when_somebody_does(
             broker.answer = lambda _: 0
             await until(lambda: device.outbox.statistics()["rows"] == 0)
             assert not device.link.statistics()["unheard"]
+
+    run(story())
+
+
+def only(*topics: str) -> Callable[[Published], int]:
+    """A broker at which somebody subscribes to these topics and to no other."""
+    return lambda message: 0 if message.topic in topics else 0x10
+
+
+def test_a_topic_nobody_wants_holds_up_no_other(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with BrokerDouble(answer=only("tm")) as broker, Device(tmp_path, broker.port) as device:
+            device.put(30, topic="ev/error/sensor", priority=Priority.ALARM)  # more than a window, and more important
+            device.put(30)
+            await until(lambda: sum(message.topic == "tm" for message in broker.published) == 30)
+            assert device.outbox.statistics()["rows"] == 30
+            assert device.link.statistics()["unheard"] == ["ev/error/sensor"]
+
+    run(story())
+
+
+def test_telemetry_that_the_listener_does_not_want_is_let_go_and_alarms_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "FIRST_UNHEARD_S", 0.05)
+    monkeypatch.setattr(link_module, "LONGEST_UNHEARD_S", 0.1)
+
+    async def story() -> None:
+        async with BrokerDouble(answer=only("ev")) as broker, Device(tmp_path, broker.port) as device:
+            device.put(30)
+            device.put(1, topic="ev/other", priority=Priority.ALARM)
+            await until(lambda: len(device.link.statistics()["unheard"]) == 2)
+            assert device.outbox.statistics()["unwanted"] == 0  # nobody may listen at all
+            device.put(1, topic="ev", priority=Priority.ALARM)
+            await until(lambda: device.outbox.statistics()["rows"] == 1)
+            assert device.outbox.statistics()["unwanted"] == 30
+            assert [row.topic for row in device.store.rows(10)] == ["ev/other"]
+
+    run(story())
+
+
+def test_a_listener_that_leaves_and_comes_back_misses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "FIRST_UNHEARD_S", 0.05)
+
+    async def story() -> None:
+        async with BrokerDouble() as broker, Device(tmp_path, broker.port) as device:
+            device.put(1, topic="ev", priority=Priority.ALARM)
+            await until(lambda: broker.published)
+            broker.answer = only()
+            device.put(5)
+            await until(lambda: len(broker.published) >= 7)  # the window, and one that asked again
+            broker.answer = only("ev", "tm")
+            await until(lambda: device.outbox.statistics()["rows"] == 0)
+            assert device.outbox.statistics()["unwanted"] == 0
+
+    run(story())
+
+
+def test_one_topic_heard_again_lets_all_others_be_tried_at_once(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with BrokerDouble(answer=only()) as broker, Device(tmp_path, broker.port) as device:
+            device.put(1, topic="a")
+            device.put(1, topic="b")
+            await until(lambda: device.link.statistics()["unheard"] == ["a", "b"])
+            device.link._unheard["b"] = replace(device.link._unheard["b"], next_s=1e12)  # asked about for long
+            broker.answer = only("a", "b")
+            await until(lambda: device.outbox.statistics()["rows"] == 0)
 
     run(story())
 

@@ -34,7 +34,7 @@ STATUS: dict[str, Any] = {
     "disk": {"free_bytes": None},
     "cpu": {"share": 0.25},
     "link": {
-        "state": "waiting", "broker": "b:1883", "tls": False, "published": 5, "in_flight": 0, "unheard": False,
+        "state": "waiting", "broker": "b:1883", "tls": False, "published": 5, "in_flight": 0, "unheard": [],
         "error": "connection lost: Server shutting down",
     },
     "outbox": {"rows": 12, "bytes": 3000, "max_bytes": 16_000_000, "dropped": 0, "expired": 0, "refused": 0,
@@ -90,7 +90,7 @@ def test_it_fits_one_screen_and_keeps_its_width() -> None:
     [
         ({"worker": {"phase": "none"}}, "no worker serves (none)"),
         ({"link": {"state": "off"}}, "off (link.enabled = false)"),
-        ({"link": {"unheard": True}}, "nobody subscribes"),
+        ({"link": {"unheard": ["ew/1/f/d/tm"]}}, "nobody subscribes to this device's tm"),
         ({"outbox": {"held": 4}}, "the disk is full: 4 messages wait in memory"),
         ({"service": {"latency_p95_us": None}}, "- (no request yet)"),
         ({"service": {"latency_p95_us": 3000.0}}, "exceeded"),
