@@ -7,12 +7,14 @@ their own report.html, the agent's configuration and log.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +37,24 @@ def arguments() -> argparse.Namespace:
         description="Compress a model, serve it, break a sensor, fall back, recover: real data, real processes.",
         epilog="Exit codes: 0 the story held; 1 something in it did not, the last lines say what; 2 usage or set-up.",
     )
-    parser.add_argument("--new-wearers", default="1,2,3", help="three wearers the model never sees (default: 1,2,3)")
+    parser.add_argument(
+        "--new-wearers", type=three_wearers, default=(1, 2, 3), metavar="A,B,C",
+        help="three of the ten wearers, 1 to 10, whom the first model never sees (default: 1,2,3)",
+    )  # fmt: skip
+    parser.add_argument("--stay", action="store_true", help="keep everything running at the end, until Ctrl-C")
     parser.add_argument("--out", type=Path, default=ROOT / "build/quickstart", help="where everything is written")
     return parser.parse_args()
+
+
+def three_wearers(text: str) -> tuple[int, ...]:
+    """Three distinct wearers from 1 to 10."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if len(set(numbers)) != 3 or len(numbers) != 3 or not set(numbers) <= set(range(1, 11)):
+        raise argparse.ArgumentTypeError(f"'{text}' does not name three different wearers from 1 to 10")
+    return numbers
 
 
 def main() -> int:
@@ -47,9 +64,14 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").unlink(missing_ok=True)
     started = clock.monotonic_s()
-    console.print(f"[bold]Edgewarden {VERSION}[/]: the story so far, in about five minutes, written to {shown(out)}")
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end what was started, as Ctrl-C does
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    console.print(f"[bold]Edgewarden {VERSION}[/]: the whole story, in about eight minutes, written to {shown(out)}")
     try:
-        report = tell(console, out, options.new_wearers, started)
+        report = tell(console, out, options, started)
+    except KeyboardInterrupt:
+        console.print("[red]Interrupted.[/] Finished stages are kept; the next run goes on from there.")
+        return 130
     except (EdgewardenError, RuntimeError, OSError) as error:
         sentence = error.sentence() if isinstance(error, EdgewardenError) else str(error)
         console.print(f"[red]The story stopped:[/] {sentence}")
@@ -58,34 +80,20 @@ def main() -> int:
     return finish(console, out, report)
 
 
-def tell(console: Console, out: Path, new_wearers: str, started: float) -> dict[str, Any]:
+def tell(console: Console, out: Path, options: argparse.Namespace, started: float) -> dict[str, Any]:
+    """Everything, in order; returns the report. Processes are ended when the last line is told."""
     heading(console, "a", "compress: teacher, students, int8; gates; one choice per device class")
-    compress(out, new_wearers)
+    compress(out, options.new_wearers)
     compressed_s = clock.monotonic_s() - started
-    from scripts.story import chapters  # numpy, task and data: after the compressor had the machine for itself
-
     report: dict[str, Any] = compression_report(out)
-    context, close = stage(console, out, new_wearers)
-    try:
-        quick, slower = (
-            f"{chapters.QUIET_FACTOR:.0f} times life speed",
-            f"{chapters.FAULT_FACTOR:.0f} times life speed",
-        )
-        for letter, title, chapter in (
-            ("b", f"quiet: held-out recordings of enrolled wearers, at {quick}", chapters.quiet),
-            ("c", f"a sensor dies and heals, at {slower}", chapters.sensor_dies),
-            ("d", "an engine fails", chapters.engine_fails),
-            ("e", "the worker is killed under load", chapters.worker_killed),
-            ("f", "the broker goes away", chapters.broker_away),
-        ):  # fmt: skip
-            heading(console, letter, title)
-            chapter(context)
-            say(console, context.timeline)
+    with contextlib.ExitStack() as stack:
+        context, fleet = stage(console, out, options.new_wearers, stack)
+        play(context, fleet)
         report |= context.report | device_report(context)
-    finally:
-        close()
-    # the agent said goodbye: count again what the subscriber has
-    report["outage"]["lost"] = context.world.subscriber.missing("wrist-1")
+        if options.stay:
+            stay(console, fleet.host.page)
+    # the agents said goodbye: count again what the subscriber has
+    report["outage"]["lost"] = max(report["outage"]["lost"], context.world.subscriber.missing("wrist-1"))
     picture(out, context)
     total_s = clock.monotonic_s() - started
     setup_s = float(os.environ.get("EW_SETUP_SECONDS", "0"))
@@ -105,10 +113,37 @@ def tell(console: Console, out: Path, new_wearers: str, started: float) -> dict[
     return report
 
 
-def compress(out: Path, new_wearers: str) -> None:
+def play(context: Any, fleet: Any) -> None:
+    """Chapters (b) to (k)."""
+    from scripts.story import chapters, loop  # numpy, data: not before the compressor had the machine for itself
+
+    quick, slower = f"{chapters.QUIET_FACTOR:.0f} times life speed", f"{chapters.FAULT_FACTOR:.0f} times life speed"
+    people = ", ".join(str(wearer.number) for wearer in fleet.wearers)
+    for letter, title, chapter, subject in (
+        ("b", f"quiet: held-out recordings of enrolled wearers, at {quick}", chapters.quiet, context),
+        ("c", f"a sensor dies and heals, at {slower}", chapters.sensor_dies, context),
+        ("d", "an engine fails", chapters.engine_fails, context),
+        ("e", "the worker is killed under load", chapters.worker_killed, context),
+        ("f", "the broker goes away", chapters.broker_away, context),
+        ("g, h", f"new wearers {people} arrive: evidence, regeneration, signed update", loop.recover, fleet),
+        ("i", "before and after", loop.judge, fleet),
+        ("j, k", "a broken and a forged version 3", loop.refuse, fleet),
+    ):  # fmt: skip
+        heading(context.console, letter, title)
+        chapter(subject)
+        say(context.console, context.timeline)
+
+
+def stay(console: Console, page: str) -> None:
+    console.print(f"\nEverything keeps running. The fleet's page: {page}   Ctrl-C ends it all.")
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
+
+
+def compress(out: Path, new_wearers: tuple[int, ...]) -> None:
     command = [
         sys.executable, "-m", "compressor", "compress", str(RECIPE), "--out", str(out / "artifacts"),
-        "--set", f"new_wearers={new_wearers}", "--cache", str(out / "cache"),
+        "--set", f"new_wearers={','.join(map(str, new_wearers))}", "--cache", str(out / "cache"),
     ]  # fmt: skip
     done = subprocess.run(command, check=False)
     if done.returncode:
@@ -125,32 +160,30 @@ def compression_report(out: Path) -> dict[str, Any]:
     }
 
 
-def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[[], None]]:
-    """Start the processes; returns the chapters' context and what ends them."""
+def stage(console: Console, out: Path, new_wearers: tuple[int, ...], stack: contextlib.ExitStack) -> tuple[Any, Any]:
+    """Start the first device's processes; returns what the chapters are told about. `stack` ends it all."""
     from agent.drift import load_reference
     from agent.engine import OnnxEngine
     from compressor.examples.faulty import build_faulty
     from compressor.examples.wrist.task import TASK
     from compressor.task import Role
     from scripts.story.chapters import Context
+    from scripts.story.fleet import wearer_device
+    from scripts.story.loop import gather
     from scripts.story.player import Player
     from scripts.story.world import SERVICE, World
 
-    data = TASK.load({"new_wearers": [int(number) for number in new_wearers.split(",")]})
+    data = TASK.load({"new_wearers": list(new_wearers)})
     artifacts = out / "artifacts" / DEVICE_CLASS
     active = open_artifact(artifacts / SERVICE)
     faulty = build_faulty(active.folder, out / "faulty")
-    world = World(out, artifacts, faulty)
-    try:
-        world.start()
-    except BaseException:
-        world.close()
-        raise
-    window = TASK.window
-    player = Player(f"unix:{world.serve_socket}", SERVICE, window.hop / window.rate_hz, console)
+    world = World(out, artifacts, faulty, wearers=tuple(map(wearer_device, new_wearers)))
+    stack.callback(world.close)
+    world.start()
+    hop_s = TASK.window.hop / TASK.window.rate_hz
     context = Context(
         world=world,
-        player=player,
+        player=Player(f"unix:{world.serve_socket}", SERVICE, hop_s, console),
         task=TASK,
         stream=data.role(Role.STREAM),
         timeline=Timeline(),
@@ -158,7 +191,9 @@ def stage(console: Console, out: Path, new_wearers: str) -> tuple[Any, Callable[
         engine=OnnxEngine.load(active.path("model")),
         claim=load_reference(active.path("reference")).claim,
     )
-    return context, world.close
+    fleet = gather(context, data, out, artifacts, new_wearers, RECIPE)
+    stack.callback(fleet.close)
+    return context, fleet
 
 
 def device_report(context: Any) -> dict[str, Any]:
@@ -194,17 +229,23 @@ def say(console: Console, timeline: Timeline) -> None:
 
 def finish(console: Console, out: Path, report: dict[str, Any]) -> int:
     """Print what to do next; the exit code says whether every promise of the story held."""
-    fallback, quiet = report["fallback"], report["null_stream"]
+    fallback, quiet, kill = report["fallback"], report["null_stream"], report["kill"]
     promises = {
         "teacher at least 0.9 on enrolled wearers' held-out recordings": report["teacher"]["accuracy"] >= 0.9,
-        "no alarm beyond the declared budget on the quiet stream": quiet["alarms"] <= quiet["declared_budget"],
+        "no alarm beyond the declared budget on the quiet stream": quiet["alarms"] <= (quiet["declared_budget"] or 0),
         "no request failed": report["serving"]["errors"] == 0,
+        "the dead gyro was named": fallback["named_channel"] in ("gx", "gy", "gz"),
         "the switch gained at least 0.1 accuracy": fallback["accuracy_with"] >= fallback["accuracy_without"] + 0.1,
         "the preferred model returned": fallback["returned"],
         "the failing engine's requests were answered": report["failover"]["answered"]
         == report["failover"]["requests"],
-        "no client failed when the worker was killed": report["kill"]["failed_requests"] == 0,
+        "no client failed when the worker was killed": kill["failed_requests"] == 0 < kill["requests"],
         "no message was lost": report["outage"]["lost"] == 0,
+        "the loop closed within 300 s of the first report, without hands": report["loop"]["seconds"] <= 300,
+        "no request failed during the update": report["update"]["failed_requests"] == 0,
+        "the update helps new wearers": report["recovery"]["new_after"] > report["recovery"]["new_before"],
+        "the broken and the forged version were refused": [item["code"] for item in report["refused"]]
+        == ["golden_mismatch", "untrusted"],
     }
     console.print()
     for promise, kept in promises.items():
@@ -216,7 +257,7 @@ def finish(console: Console, out: Path, report: dict[str, Any]) -> int:
         f"\nRead next:  {shown(out)}/report.json   {shown(out)}/story.png   {shown(out)}/artifacts/report.html"
         "\nType next:  . .venv/bin/activate"
         f"\n            edgewarden-compressor artifact show {shown(out)}/artifacts/gateway/wrist"
-        f"\n            edgewarden-agent check-config --config {shown(out)}/agent.toml"
+        f"\n            edgewarden-agent run --config {shown(out)}/device.toml      (and in another shell: status)"
         "\n            edgewarden-compressor compress compressor/examples/wrist/recipe.toml --out build/wrist"
     )
     return 0 if all(promises.values()) else 1

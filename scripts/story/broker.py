@@ -43,6 +43,7 @@ class Broker:
     folder: Path
     fleet: str
     devices: tuple[str, ...]
+    hosts: tuple[str, ...] = ()  # may do what the operator may
     port: int = field(default_factory=free_port)
     users: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[bytes] | None = None
@@ -55,7 +56,7 @@ class Broker:
         listed = self.folder / "passwords"
         listed.write_text("")
         listed.chmod(0o600)
-        for user in (OPERATOR, *self.devices):
+        for user in (OPERATOR, *self.hosts, *self.devices):
             self.users[user] = secrets.token_urlsafe(24)
             self.password_file(user).write_text(self.users[user])
             self.password_file(user).chmod(0o600)
@@ -69,7 +70,9 @@ class Broker:
         return self.folder / f"{user}.password"
 
     def _write_acl(self) -> None:
-        lines = [f"user {OPERATOR}", f"topic readwrite ew/1/{self.fleet}/#", ""]
+        lines = []
+        for user in (OPERATOR, *self.hosts):
+            lines += [f"user {user}", f"topic readwrite ew/1/{self.fleet}/#", ""]
         for device in self.devices:
             base = f"ew/1/{self.fleet}/{device}"
             lines += [f"user {device}", f"topic readwrite {base}/#", ""]

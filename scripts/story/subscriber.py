@@ -80,14 +80,28 @@ class Subscriber:
                     return item.document
         return None
 
-    def missing(self, device: str) -> int:
-        """Sequence numbers of `device` from 1 to the highest seen, per boot, that never arrived."""
+    def documents(self, device: str, word: str) -> list[dict[str, Any]]:
+        """Everything `device` said on the topic that ends with `word`, in order of arrival."""
+        with self.lock:
+            return [item.document for item in self.seen if item.topic.endswith(f"/{device}/{word}")]
+
+    def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
+        """Say something as the operator. Raises: RuntimeError when the broker does not take it within 10 s."""
+        self.client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(10)
+
+    def missing(self, device: str, *, sent: int = 0) -> int:
+        """Sequence numbers of `device` that never arrived: per boot from 1 to the highest seen, in the newest boot to
+        `sent` if that is more.
+        """
         numbers: dict[str, set[int]] = defaultdict(set)
+        started: dict[str, float] = {}
         with self.lock:
             for item in self.seen:
                 if item.document.get("device") == device and "seq" in item.document:
                     numbers[item.document["boot"]].add(item.document["seq"])
-        return sum(max(found) - len(found) for found in numbers.values())
+                    started.setdefault(item.document["boot"], item.document["at"])
+        newest = max(numbers, key=lambda boot: started[boot], default="")
+        return sum(max(*found, sent if boot == newest else 0) - len(found) for boot, found in numbers.items())
 
     def stop(self) -> None:
         self.client.disconnect()

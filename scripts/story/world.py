@@ -51,6 +51,25 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(str(self.path))
 
 
+def _get(path: Path, target: str) -> tuple[int, bytes]:
+    connection = _UnixConnection(path)
+    try:
+        connection.request("GET", target)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def admin_status(path: Path) -> dict[str, Any]:
+    """What `edgewarden-agent status --json` shows of the agent behind an admin socket."""
+    code, body = _get(path, "/status")
+    if code != 200:
+        raise StoryError(f"the admin socket answered {code}: {body[:200]!r}")
+    document: dict[str, Any] = json.loads(body)
+    return document
+
+
 @dataclass
 class World:
     """Everything that runs; `close` ends it all by process id, whatever happened."""
@@ -58,11 +77,12 @@ class World:
     folder: Path  # what stays for reading: configuration, logs
     artifacts: Path  # holds wrist/, wrist-accel/, wrist-floor/
     faulty: Path
+    wearers: tuple[str, ...] = ()  # further devices of the fleet
     short: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ew-")))  # socket paths must be short
     agent: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
-        self.broker = Broker(self.short / "broker", FLEET, (DEVICE,))
+        self.broker = Broker(self.short / "broker", FLEET, (DEVICE, *self.wearers), hosts=("host",))
         self.serve_socket = self.short / "serve.sock"
         self.admin_socket = self.short / "admin.sock"
         self.config = self.folder / "agent.toml"
@@ -78,6 +98,7 @@ class World:
         if state.exists():
             shutil.rmtree(state)
         self.config.write_text(self._configuration(state))
+        (self.folder / "device.toml").write_text(self._for_trying(state))
         with (self.folder / "agent.log").open("wb") as log:
             self.agent = subprocess.Popen(
                 [sys.executable, "-m", "agent", "run", "--config", str(self.config)],
@@ -86,6 +107,26 @@ class World:
                 stderr=log,
             )
         wait_until(self._ready, f"the agent serves (its log: {self.folder / 'agent.log'})")
+
+    def _for_trying(self, state: Path) -> str:
+        """The same device without a broker, its sockets beside the file: for a person to run after the story."""
+        return f"""# Written by scripts/quickstart, to try the agent by hand.
+[device]
+id = "{DEVICE}"
+fleet = "{FLEET}"
+
+[state]
+folder = "{state.name}-tried"
+
+[serving]
+unix = "serve.sock"
+
+[[service]]
+name = "{SERVICE}"
+artifact = "{self.artifacts / "wrist"}"
+fallbacks = ["{self.artifacts / "wrist-accel"}"]
+floor = "{self.artifacts / "wrist-floor"}"
+"""
 
     def _configuration(self, state: Path) -> str:
         chain = ", ".join(f'"{self.artifacts / name}"' for name in ("wrist-accel",))
@@ -138,27 +179,12 @@ password_file = "{self.broker.password_file(DEVICE)}"
             tail = (self.folder / "agent.log").read_text()[-600:]
             raise StoryError(f"the agent ended with exit code {self.agent.returncode}: {tail}")
         try:
-            return bool(self._get(self.serve_socket, "/v2/health/ready")[0] == 200)
+            return _get(self.serve_socket, "/v2/health/ready")[0] == 200
         except OSError:
             return False
 
-    @staticmethod
-    def _get(path: Path, target: str) -> tuple[int, bytes]:
-        connection = _UnixConnection(path)
-        try:
-            connection.request("GET", target)
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
     def status(self) -> dict[str, Any]:
-        """What `edgewarden-agent status --json` shows."""
-        code, body = self._get(self.admin_socket, "/status")
-        if code != 200:
-            raise StoryError(f"the admin socket answered {code}: {body[:200]!r}")
-        document: dict[str, Any] = json.loads(body)
-        return document
+        return admin_status(self.admin_socket)
 
     def close(self) -> None:
         if self.agent is not None and self.agent.poll() is None:

@@ -51,7 +51,9 @@ def test_the_table_is_in_order_of_time():
 def test_the_subscriber_counts_missing_numbers_per_boot_and_repeats_once():
     subscriber = Subscriber(0, "", "", "")
     for boot, seq in (("a", 1), ("a", 2), ("a", 2), ("a", 4), ("b", 3)):
-        subscriber.seen.append(Seen("x/tm", {"device": "d", "boot": boot, "seq": seq}, retained=False))
+        at = {"a": 1.0, "b": 2.0}[boot]
+        subscriber.seen.append(Seen("x/tm", {"device": "d", "boot": boot, "seq": seq, "at": at}, retained=False))
     subscriber.seen.append(Seen("x/status", {"device": "d", "boot": "a"}, retained=True))
     assert subscriber.missing("d") == 1 + 2  # a: 3;  b: 1 and 2
+    assert subscriber.missing("d", sent=5) == 1 + 4  # b: 1, 2, 4 and 5
     assert subscriber.missing("other") == 0
