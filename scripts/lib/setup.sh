@@ -5,11 +5,14 @@
 
 EW_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 EW_VENV=${EDGEWARDEN_VENV:-$EW_ROOT/.venv}
+EW_CALLER_PWD=$PWD
+EW_DIM="" EW_RED="" EW_PLAIN="" # colours only for a terminal
+if [ -t 2 ]; then EW_DIM=$'\033[2m' EW_RED=$'\033[31m' EW_PLAIN=$'\033[0m'; fi
 EW_NEED_MB=2600 # virtual environment with torch (CPU), measured 1,700 MB, and pip's temporary files
 
-ew_say() { printf '\033[2m[set-up]\033[0m %s\n' "$*" >&2; }
+ew_say() { printf '%s[set-up]%s %s\n' "$EW_DIM" "$EW_PLAIN" "$*" >&2; }
 ew_die() {
-  printf '\033[31mset-up failed:\033[0m %s\n' "$*" >&2
+  printf '%sset-up failed:%s %s\n' "$EW_RED" "$EW_PLAIN" "$*" >&2
   exit 2
 }
 
@@ -116,7 +119,7 @@ ew_setup() {
   ew_setup_mosquitto
   exec 9>&-
   EW_SETUP_SECONDS=$(($(date +%s) - started))
-  export EW_ROOT EW_VENV EW_SETUP_SECONDS
+  export EW_ROOT EW_VENV EW_CALLER_PWD EW_SETUP_SECONDS
   PATH="$EW_VENV/bin:$PATH:/usr/sbin"
   export PATH
   cd "$EW_ROOT" || exit 2

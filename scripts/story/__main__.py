@@ -25,6 +25,7 @@ from agent.contract.artifact import open_artifact
 from agent.contract.errors import EdgewardenError
 from scripts.story.timeline import Timeline, clock_text, draw, moving_accuracy, sparkline
 
+CALLER = Path(os.environ.get("EW_CALLER_PWD", Path.cwd()))  # where the person stands; the scripts work in ROOT
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "compressor/examples/wrist/recipe.quick.toml"
 DEVICE_CLASS = "gateway"
@@ -59,10 +60,16 @@ def three_wearers(text: str) -> tuple[int, ...]:
 
 def main() -> int:
     options = arguments()
-    console = Console(highlight=False)
-    out: Path = options.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").unlink(missing_ok=True)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=160)  # a file has no width: do not break lines
+    out: Path = (CALLER / options.out).resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").unlink(missing_ok=True)
+    except OSError as error:
+        console.print(f"[red]Cannot write to {out}:[/] {error.strerror}. Name another folder with --out.")
+        return 2
     started = clock.monotonic_s()
     for number in (signal.SIGTERM, signal.SIGHUP):  # end what was started, as Ctrl-C does
         signal.signal(number, lambda number, _: sys.exit(128 + number))
@@ -222,7 +229,7 @@ def heading(console: Console, letter: str, title: str) -> None:
 
 def say(console: Console, timeline: Timeline) -> None:
     """Print what the last chapter added."""
-    for entry in timeline.entries[timeline.told :]:
+    for entry in sorted(timeline.entries[timeline.told :], key=lambda entry: entry.time_s):
         console.print(f"   {clock_text(entry.time_s)} {entry.mark} {entry.text}", style=entry.style)
     timeline.told = len(timeline.entries)
 
@@ -265,7 +272,7 @@ def finish(console: Console, out: Path, report: dict[str, Any]) -> int:
 
 def shown(path: Path) -> str:
     """The path as a person in the current folder would write it."""
-    return os.path.relpath(path)
+    return os.path.relpath(path, CALLER)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Player:
         replies = []
         bar = Progress(
             TextColumn("   {task.description}"), BarColumn(40), TextColumn("{task.completed}/{task.total} windows"),
-            TimeRemainingColumn(), console=self.console, transient=True,
+            TimeRemainingColumn(), console=self.console, transient=True, disable=not self.console.is_terminal,
         )  # fmt: skip
         with bar:
             job = bar.add_task(title, total=len(windows))
