@@ -7,10 +7,9 @@ Leaves to others: whether a label is true. That is what gates on old and new row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,17 +73,18 @@ def read_enrolment(folder: Path, task: Task, data: TaskData) -> Halves:
         length=task.window.length, channels=len(task.channels), labels=len(task.labels),
         ranges=tuple((channel.minimum, channel.maximum) for channel in task.channels),
     )  # fmt: skip
-    arrays = {path: _read(path, shape) for path in _files(folder)}
-    total = sum(len(labels) for _, labels, _ in arrays.values())
+    uploads = [_read(path, shape) for path in _files(folder)]
+    total = sum(len(upload.labels) for upload in uploads)
     if total > MAX_ROWS:
         raise DataError(f"the recordings in {folder} hold {total} windows, at most {MAX_ROWS} are read")
-    first_recording = 1 + max(int(rows.recordings.max(initial=0)) for rows in data.rows.values())
+    recording = 1 + max(int(rows.recordings.max(initial=0)) for rows in data.rows.values())
     first_source = 1 + max(int(rows.sources.max(initial=0)) for rows in data.rows.values())
-    pieces = {
-        path: _pieces(*found, first_recording=first_recording + 1000 * number, source=first_source + number)
-        for number, (path, found) in enumerate(arrays.items())
-    }
-    return Halves(*(_cut(pieces, arrays, task, swapped=swapped) for swapped in (False, True)))
+    pieces: list[tuple[_Upload, _Recordings]] = []
+    for source, upload in enumerate(uploads, first_source):
+        own = _recordings(upload, first=recording, source=source)
+        pieces.append((upload, own))
+        recording += len(own)
+    return Halves(_cut(pieces, task, swapped=False), _cut(pieces, task, swapped=True))
 
 
 def join(data: TaskData, enrolment: Enrolment, *, repeat: int = 1) -> TaskData:
@@ -96,7 +96,8 @@ def join(data: TaskData, enrolment: Enrolment, *, repeat: int = 1) -> TaskData:
     rows[Role.TRAIN] = concatenate([data.role(Role.TRAIN), *[enrolment.train] * repeat])
     rows[Role.CALIBRATE] = concatenate([data.role(Role.CALIBRATE), enrolment.reference])
     rows[Role.ENROL_TRAIN], rows[Role.ENROL_REFERENCE] = enrolment.train, enrolment.reference
-    digest = {"data": data.sha256, "enrolment": enrolment.sha256, "train": _digest(rows[Role.TRAIN])}
+    cut = {role.value: _digest(rows[role]) for role in (Role.TRAIN, Role.CALIBRATE)}
+    digest = {"data": data.sha256, "enrolment": enrolment.sha256, **cut}
     return TaskData(sha256(canonical(digest)), rows)
 
 
@@ -130,14 +131,29 @@ def _files(folder: Path) -> list[Path]:
     return found
 
 
-def _read(path: Path, shape: Shape) -> tuple[Windows, NDArray[np.int64], NDArray[np.int64]]:
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    """One file's arrays, as `samples.load_recordings` checked them."""
+
+    name: str
+    sha256: str
+    windows: Windows
+    labels: NDArray[np.int64]
+    recordings: NDArray[np.int64]
+
+
+def _read(path: Path, shape: Shape) -> _Upload:
     try:
+        digest = sha256_file(path)
         windows, labels, recordings = load_recordings(path, shape, max_bytes=MAX_FILE_BYTES)
-    except (Corrupt, TooLarge) as error:
+    except (Corrupt, TooLarge, OSError) as error:
         raise DataError(
             f"{path.name} is refused: {error}", hint="Remove the file, or ask the device for another recording."
         ) from None
-    return np.ascontiguousarray(windows, np.float32), labels.astype(np.int64), recordings.astype(np.int64)
+    return _Upload(
+        path.stem, digest, np.ascontiguousarray(windows, np.float32), labels.astype(np.int64),
+        recordings.astype(np.int64),
+    )  # fmt: skip
 
 
 # --- windows -> signal -> windows ----------------------------------------------------------------------------
@@ -167,17 +183,18 @@ def hops(windows: Windows) -> NDArray[np.int64]:
     return found
 
 
-def _pieces(
-    windows: Windows, labels: NDArray[np.int64], recordings: NDArray[np.int64], *, first_recording: int, source: int
-) -> list[_Piece]:
-    """The signals a file's windows were cut from, each recording's samples numbered from 0."""
-    found: list[_Piece] = []
-    for number, name in enumerate(dict.fromkeys(recordings.tolist())):
-        rows = np.flatnonzero(recordings == name)
-        found += [
-            _Piece(signal, label, first_recording + number, source, begin)
-            for signal, label, begin in _signals(windows[rows], labels[rows])
-        ]
+_Recordings = list[list[_Piece]]
+
+
+def _recordings(upload: _Upload, *, first: int, source: int) -> _Recordings:
+    """The signals a file's windows were cut from, recording by recording, each one's samples numbered from 0."""
+    _, place, group = np.unique(upload.recordings, return_index=True, return_inverse=True)
+    rows = np.argsort(group, kind="stable")
+    parts = np.split(rows, np.cumsum(np.bincount(group))[:-1])
+    found: _Recordings = []
+    for number, part in enumerate(parts[index] for index in np.argsort(place)):
+        signals = _signals(upload.windows[part], upload.labels[part])
+        found.append([_Piece(signal, label, first + number, source, begin) for signal, label, begin in signals])
     return found
 
 
@@ -194,19 +211,18 @@ def _signals(windows: Windows, labels: NDArray[np.int64]) -> Iterator[tuple[Wind
         begin = end + 1
 
 
-def _cut(
-    pieces: Mapping[Path, list[_Piece]], arrays: Mapping[Path, tuple[Any, ...]], task: Task, *, swapped: bool
-) -> Enrolment:
+def _cut(uploads: Sequence[tuple[_Upload, _Recordings]], task: Task, *, swapped: bool) -> Enrolment:
     sources, train, reference, left_out = [], [], [], []
-    for path, own in pieces.items():
-        first, second = (False, True) if not swapped else (True, False)
-        trains = _half(own, task.window.length, max(1, task.window.hop // 2), second=first)
-        judges = _half(own, task.window.length, task.window.hop, second=second)
-        rows = len(arrays[path][1])
+    for upload, recordings in uploads:
+        trains = _half(recordings, task.window.length, max(1, task.window.hop // 2), second=swapped)
+        judges = _half(recordings, task.window.length, task.window.hop, second=not swapped)
+        rows = len(upload.labels)
         if not trains or not judges:
-            left_out.append(f"{path.name}: {rows} windows are too few to train on one half and judge by the other")
+            left_out.append(
+                f"{upload.name}.npz: {rows} windows are too few to train on one half and judge by the other"
+            )
             continue
-        sources.append(Source(path.stem, sha256_file(path), rows, len(trains), len(judges)))
+        sources.append(Source(upload.name, upload.sha256, rows, len(trains), len(judges)))
         train += trains
         reference += judges
     if not sources:
@@ -217,14 +233,13 @@ def _cut(
 _Cut = tuple[Windows, _Piece, int]
 
 
-def _half(pieces: Sequence[_Piece], length: int, hop: int, *, second: bool) -> list[_Cut]:
+def _half(recordings: _Recordings, length: int, hop: int, *, second: bool) -> list[_Cut]:
     """Windows that lie wholly in one half of their recording's samples."""
     found = []
-    for recording in dict.fromkeys(piece.recording for piece in pieces):
-        own = [piece for piece in pieces if piece.recording == recording]
-        end = own[-1].begin + len(own[-1].signal)
+    for pieces in recordings:
+        end = pieces[-1].begin + len(pieces[-1].signal)
         low, high = (end // 2, end) if second else (0, end // 2)
-        for piece in own:
+        for piece in pieces:
             first, last = max(low - piece.begin, 0), min(high - piece.begin, len(piece.signal)) - length
             found += [(piece.signal[at : at + length], piece, piece.begin + at) for at in range(first, last + 1, hop)]
     return found

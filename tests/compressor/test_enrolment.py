@@ -176,3 +176,30 @@ def test_a_folder_without_recordings_is_told(tmp_path: Path, data: TaskData) -> 
         read(tmp_path, data)
     with pytest.raises(DataError, match="cannot read the recordings"):
         read(tmp_path / "nowhere", data)
+
+
+def test_thousands_of_recordings_of_one_device_keep_apart_from_the_next_devices(
+    tmp_path: Path, data: TaskData
+) -> None:
+    many = 1500
+    windows = np.random.default_rng(1).standard_normal((2 * many, LENGTH, 6)).astype(np.float32)
+    arrays = {"windows": windows, "labels": np.zeros(2 * many, np.int8)}
+    write(tmp_path, "a", [signal(300)], **arrays, recordings=np.repeat(np.arange(many, dtype=np.int16), 2))
+    write(tmp_path, "b", [signal(600)])
+    train = read(tmp_path, data).straight.train
+    first, second = (set(train.recordings[train.sources == source].tolist()) for source in sorted(set(train.sources)))
+    assert len(first) == many
+    assert not first & second
+
+
+def test_recordings_whose_windows_are_interleaved_are_told_apart(tmp_path: Path, data: TaskData) -> None:
+    one, two = (windows_of(signal(600, seed)) for seed in (1, 2))
+    windows = np.stack([one, two], axis=1).reshape(-1, LENGTH, 6)
+    arrays = {
+        "labels": np.tile(np.array([3, 5], np.int8), len(one)),
+        "recordings": np.tile(np.array([9, 4]), len(one)),
+    }
+    write(tmp_path, "a", [signal(600)], windows=windows, **arrays)
+    train = read(tmp_path, data).straight.train
+    assert set(train.labels[train.recordings == train.recordings.min()].tolist()) == {3}
+    assert len(set(train.recordings.tolist())) == 2
