@@ -10,10 +10,11 @@ import hashlib
 import mmap
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import onnxruntime as ort
@@ -43,6 +44,10 @@ _FOREIGN: tuple[type[Exception], ...] = (
     TypeError,
     MemoryError,
 )
+_UNREADABLE = (  # what numpy and zipfile raise on bytes that are no npz
+    OSError, ValueError, LookupError, EOFError, TypeError, MemoryError, NotImplementedError, RuntimeError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 _LOAD_ERRORS: dict[str, type[ArtifactError]] = {
     "InvalidProtobuf": Corrupt, "InvalidGraph": Corrupt, "NoSuchFile": Unavailable
 }  # fmt: skip
@@ -99,6 +104,12 @@ class Engine(Protocol):
             EngineFailed: the run failed or was ended through `control`.
         """
         ...
+
+
+def leading_rows(inputs: Sequence[TensorPlan], feeds: Mapping[str, Array]) -> int:
+    """Rows of a request: along the first declared input with a free first axis, else along the first; 1 without."""
+    name = next((tensor.name for tensor in inputs if tensor.shape[:1] == (-1,)), inputs[0].name if inputs else "")
+    return len(feeds[name]) if name in feeds and feeds[name].ndim else 1
 
 
 class OnnxEngine:
@@ -210,9 +221,9 @@ class FloorEngine:
     def run(
         self, feeds: Mapping[str, Array], wanted: Sequence[str] = (), *, control: RunControl | None = None
     ) -> dict[str, Array]:
-        """The constants, one row per row of the first input. `control` is not needed: this cannot hang."""
+        """The constants, one row per row of the leading input. `control` is not needed: this cannot hang."""
         del control
-        rows = next((len(array) for array in feeds.values() if array.ndim), 1)
+        rows = leading_rows(self.inputs, feeds)
         return {
             name: np.broadcast_to(self._rows[name], (rows, *self._rows[name].shape)) for name in wanted or self._rows
         }
@@ -280,15 +291,17 @@ def load_golden(path: Path) -> Golden:
 
     Raises:
         Corrupt: unreadable, pickled, or without inputs, outputs or tolerance.
-        TooLarge: over MAX_GOLDEN_BYTES.
+        TooLarge: over MAX_GOLDEN_BYTES, packed or unpacked.
     """
     try:
         if path.stat().st_size > MAX_GOLDEN_BYTES:
             raise TooLarge(f"{path} has {path.stat().st_size} bytes, at most {MAX_GOLDEN_BYTES} are read")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            _check_unpacked(file, path)
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
         tolerance = float(arrays["tolerance"])
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise Corrupt(f"golden inputs {path} cannot be read: {_short(error)}") from None
     inputs = {name.removeprefix("in_"): array for name, array in arrays.items() if name.startswith("in_")}
     outputs = {name.removeprefix("out_"): array for name, array in arrays.items() if name.startswith("out_")}
@@ -296,6 +309,15 @@ def load_golden(path: Path) -> Golden:
     if not whole or not tolerance >= 0:
         raise Corrupt(f"golden inputs {path} need rows in_<input> and out_<output> and a tolerance")
     return Golden(inputs, outputs, tolerance)
+
+
+def _check_unpacked(file: BinaryIO, path: Path) -> None:
+    """Sizes before contents: a few packed bytes may promise any number of unpacked ones."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > MAX_GOLDEN_BYTES:
+        raise TooLarge(f"{path} unpacks to {unpacked} bytes, at most {MAX_GOLDEN_BYTES} are read")
+    file.seek(0)
 
 
 def check_golden(engine: Engine, golden: Golden, *, limit_s: float = 10.0) -> GoldenResult:

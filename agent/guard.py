@@ -41,7 +41,7 @@ class Verdict:
 
     def row_bits(self, row: int) -> Bits:
         """The five bit fields of one row, in the order of KINDS."""
-        if self.bits is None:
+        if self.bits is None or row >= self.bits.shape[1]:
             return NO_BITS
         dead, stuck, beyond, not_finite, scale = self.bits[:, row].tolist()
         return dead, stuck, beyond, not_finite, scale
@@ -84,8 +84,9 @@ class Guard:
         if not self._names:
             return self._check_unnamed(x)
         windows = x.reshape(len(x), -1, len(self._names))
-        # (rows, channels, time): numpy reduces a contiguous last axis three times faster
-        series = np.ascontiguousarray(windows.transpose(0, 2, 1))
+        # (rows, channels, time): numpy reduces a contiguous last axis three times faster. Sums of FP16 would overflow
+        wide = np.float32 if x.dtype.itemsize < 4 else None
+        series = np.ascontiguousarray(windows.transpose(0, 2, 1), wide)
         if self._is_clean(windows, series):
             return Verdict(x)
         return self._verdict(x, self._judge(series))
@@ -165,13 +166,16 @@ class Guard:
         return ""
 
     def _repaired(self, x: Array, found: dict[str, Flags]) -> Array:
+        # in the input's own datatype, which is the engine's; a limit beyond FP16 becomes infinite and limits nothing
+        with np.errstate(over="ignore"):
+            low, high, mean = (numbers.astype(x.dtype) for numbers in (self._minimum, self._maximum, self._mean))
         # NaN has no nearest allowed value: `clip` imputes what is not finite
         if "not_finite" in found and self.plan.not_finite is not GuardPolicy.PASS:
-            x = np.where(np.isfinite(x), x, self._mean)
+            x = np.where(np.isfinite(x), x, mean)
         if "range" in found and self.plan.out_of_range is GuardPolicy.CLIP:
-            x = np.where(np.isfinite(x), np.clip(x, self._minimum, self._maximum), x)
+            x = np.where(np.isfinite(x), np.clip(x, low, high), x)
         elif "range" in found and self.plan.out_of_range is GuardPolicy.IMPUTE:
-            x = np.where(np.isfinite(x) & ((x < self._minimum) | (x > self._maximum)), self._mean, x)
+            x = np.where(np.isfinite(x) & ((x < self._minimum) | (x > self._maximum)), mean, x)
         return x
 
     def _check_unnamed(self, x: Array) -> Verdict:

@@ -31,11 +31,11 @@ DEFAULT_SLOTS = 4096
 class Outcome(IntEnum):
     OK = 0
     FAILED_OVER = 1  # answered, but not by the engine tried first
-    FLOOR = 2  # the declared constant answered (or was refused by policy)
+    FLOOR = 2  # the declared constant answered
     REFUSED_BY_GUARD = 3
     OVERLOADED = 4
     DEADLINE = 5
-    ERROR = 6  # no engine could answer
+    ERROR = 6  # no engine could answer, or only a floor that is configured to refuse
 
 
 RECORD: np.dtype[Any] = np.dtype(

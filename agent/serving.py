@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import math
 import queue
+import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ from agent.contract.errors import (
 )
 from agent.contract.plan import EngineKind, EngineTrouble, ServicePlan
 from agent.contract.tensors import Array, Tensor, check_shape
-from agent.engine import Engine, RunControl
+from agent.engine import Engine, RunControl, leading_rows
 from agent.guard import NO_BITS, Guard, Verdict
 from agent.lineup import Lineup, Seat
 from agent.observation import MAX_ROWS, NO_CLASS, NO_ENGINE, VIEW_WIDTH, Observation, Outcome, RingWriter
@@ -39,6 +40,9 @@ MAX_BATCH_ROWS = 4096
 MAX_DEADLINE_MS = 3_600_000.0
 TICK_S = 0.01  # the watchdog's resolution
 IDLE_TICKS = 100
+LARGEST_CLASS = 0x7FFF  # what a record can hold
+# what an output that is not what its plan promised can raise while it is recorded
+_UNRECORDABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 UNSTOPPABLE_S = 1.0  # how long a run may outlive its end order beyond `stuck_after_s`
 
 
@@ -206,6 +210,8 @@ class Service:
         self.lineup = lineup
         self.guard = None if plan.guard is None else Guard(plan.guard)
         self.signature = plan.engines[0]
+        self._inputs = {tensor.name: tensor for tensor in self.signature.inputs}
+        self._outputs = tuple(tensor.name for tensor in self.signature.outputs)
         self.version = str(next(e.version for e in plan.engines if e.engine == plan.active))
         self.counters = Counters()
         self.waiting = 0  # requests in the queue or on the service's thread
@@ -216,31 +222,54 @@ class Service:
         """Whether anything but silence can answer."""
         return bool(self.lineup.seats)
 
+    def check_version(self, version: str) -> None:
+        """Raises: UnknownModel: another version than the served one is asked for."""
+        if version and version != self.version:
+            raise UnknownModel(f"'{self.plan.service}' has no version {version[:20]}, it serves {self.version}")
+
+    def check_input(self, name: str, datatype: str, shape: Sequence[int]) -> None:
+        """Compare one described input with the plan, before anybody looks at its data.
+
+        Raises:
+            InvalidRequest: naming the input, what was expected and what was given.
+        """
+        expected = self._inputs.get(name)
+        if expected is None:
+            raise InvalidRequest(f"'{self.plan.service}' takes {self._wanted()}, given was '{name[:60]}'")
+        if datatype != expected.datatype:
+            raise InvalidRequest(f"input '{name}' must be {expected.datatype}, {datatype} was given")
+        check_shape(name, expected.shape, shape)
+        if expected.shape[:1] == (-1,) and not 0 < shape[0] <= MAX_BATCH_ROWS:
+            raise InvalidRequest(f"a request has 1 to {MAX_BATCH_ROWS} rows, not {shape[0]}")
+
     def check(self, request: Request) -> int:
-        """Compare a request with the plan; returns its rows, the length of the first axis.
+        """Compare a request, whose inputs passed `check_input`, with the plan; returns its rows.
 
         Raises:
             InvalidRequest, UnknownModel: naming what is wrong, what was expected and what was given.
         """
-        if request.version and request.version != self.version:
-            raise UnknownModel(f"'{self.plan.service}' has no version {request.version}, it serves {self.version}")
-        expected = {tensor.name: tensor for tensor in self.signature.inputs}
-        if request.inputs.keys() != expected.keys():
+        self.check_version(request.version)
+        if request.inputs.keys() != self._inputs.keys():
             given = ", ".join(request.inputs) or "none"
-            raise InvalidRequest(f"'{self.plan.service}' takes the inputs {', '.join(expected)}, given were {given}")
-        outputs = [output.name for output in self.signature.outputs]
-        unknown = [name for name in request.outputs if name not in outputs]
-        if unknown:
-            raise InvalidRequest(f"'{self.plan.service}' has no output '{unknown[0]}', only {', '.join(outputs)}")
-        for name, array in request.inputs.items():
-            check_shape(name, expected[name].shape, array.shape)
+            raise InvalidRequest(f"'{self.plan.service}' takes {self._wanted()}, given were {given}")
+        for name in request.outputs:
+            if name not in self._outputs:
+                only = ", ".join(self._outputs)
+                raise InvalidRequest(f"'{self.plan.service}' has no output '{name[:60]}', only {only}")
         if request.deadline_ms is not None and not 0 < request.deadline_ms <= MAX_DEADLINE_MS:
             raise InvalidRequest(f"ew_deadline_ms must be above 0 and at most {MAX_DEADLINE_MS:.0f}")
-        return _rows(request)
+        return self.rows(request)
+
+    def rows(self, request: Request) -> int:
+        """Length of the leading input's first axis."""
+        return leading_rows(self.signature.inputs, request.inputs)
 
     def deadline_ns(self, request: Request) -> int:
         """When the answer is due, monotonic."""
         return request.arrival_ns + int((request.deadline_ms or self.plan.deadline_ms) * 1e6)
+
+    def _wanted(self) -> str:
+        return f"the inputs {', '.join(self._inputs)}"
 
 
 class Serving:
@@ -269,6 +298,7 @@ class Serving:
         self._troubles: dict[tuple[str, str, str], EngineTrouble] = {}
         self._on_trouble = on_trouble
         self._inline_us = inline_us
+        self._unrecorded = 0
 
     def service(self, name: str) -> Service:
         """Raises: UnknownModel: no service has this name."""
@@ -277,7 +307,7 @@ class Serving:
         return self.services[name]
 
     def submit(self, request: Request, done: Done) -> None:
-        """Answer a request through `done`, on this thread: at once, or when its turn has come.
+        """Answer a request, whose inputs passed `Service.check_input`, on this thread: at once, or in its turn.
 
         Raises:
             InvalidRequest, UnknownModel: the request does not fit the service; `done` is not called.
@@ -320,6 +350,7 @@ class Serving:
             "errors": sum(c.failed for c in every),
             "waiting": sum(service.waiting for service in self.services.values()),
             "observations": self._ring.written,
+            "unrecorded": self._unrecorded,
         }
         for outcome in Outcome:
             numbers[outcome.name.lower()] = sum(c.by_outcome[outcome] for c in every)
@@ -340,7 +371,7 @@ class Serving:
     def _finish(self, service: Service, request: Request, result: _Result, done: Done) -> None:
         done(result.reply)
         latency_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
-        rows = _rows(request)
+        rows = service.rows(request)
         counters = service.counters
         counters.requests += 1
         counters.by_outcome[result.outcome] += 1
@@ -354,7 +385,10 @@ class Serving:
             counters.failed += 1
         for trouble in result.troubles:
             self._note(service, trouble)
-        _observe(self._ring, service, request, result, rows, latency_us)
+        try:
+            _observe(self._ring, service, request, result, rows, latency_us)
+        except _UNRECORDABLE:  # the request has its answer; raising would only give it a second one
+            self._unrecorded += 1
 
     def _note(self, service: Service, trouble: _Trouble) -> None:
         key = (service.plan.service, trouble.seat.plan.engine, trouble.code)
@@ -431,7 +465,7 @@ class _Attempt:
         self._lineup = service.lineup  # read once: the whole request sees one order
         self._deadline_ns = service.deadline_ns(request)
         self._queue_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
-        self._rows = _rows(request)
+        self._rows = service.rows(request)
         self._verdict: Verdict | None = None
         self._troubles: list[_Trouble] = []
 
@@ -449,7 +483,7 @@ class _Attempt:
         for place, seat in enumerate(seats):
             if seat.plan.kind is EngineKind.FLOOR and self._service.plan.floor_status != 200:
                 text = f"only the floor is left to answer for '{name}', and it is configured to refuse"
-                return self._result(Outcome.FLOOR, Overloaded(text))
+                return self._result(Outcome.ERROR, Overloaded(text))
             raw = self._try(seat, feeds, behind=seats[place + 1] if place + 1 < len(seats) else None)
             if raw is not None:
                 return self._served(seat, raw)
@@ -522,21 +556,24 @@ class _Attempt:
         seat: Seat | None = None,
         raw: Mapping[str, Array] | None = None,
     ) -> _Result:
-        return _Result(
-            outcome, reply, _first(self._lineup), self._verdict, seat, raw, tuple(self._troubles), self._queue_us
-        )
+        first = _first(self._lineup)
+        if outcome is Outcome.ERROR and not self._troubles:
+            first = NO_ENGINE  # nothing ran, so nothing failed: the floor that refuses was asked first
+        return _Result(outcome, reply, first, self._verdict, seat, raw, tuple(self._troubles), self._queue_us)
 
 
 def _observe(
     ring: RingWriter, service: Service, request: Request, result: _Result, rows: int, latency_us: float
 ) -> None:
-    """One record per row, up to MAX_ROWS."""
+    """One record per row of the answer's label, else of the request, up to MAX_ROWS."""
     seat = result.seat
     views = _views(result)
     labels = None if result.raw is None else result.raw.get(service.plan.label_output)
+    if labels is not None and labels.ndim:
+        rows = len(labels)
     for row in range(min(rows, MAX_ROWS)):
         bits = NO_BITS if result.verdict is None else result.verdict.row_bits(row)
-        view = b"" if views is None else views[row].tobytes()
+        view = b"" if views is None or row >= len(views) else views[row].tobytes()
         ring.write(
             Observation(
                 request.arrival_ns, request.data_time_s, latency_us, result.queue_us, service.index,
@@ -557,21 +594,14 @@ def _views(result: _Result) -> Array | None:
 
 def _label(labels: Array | None, row: int) -> tuple[int, float, float]:
     """Predicted class, its share, and the entropy in nats; NaN entropy when the row is no distribution."""
-    if labels is None:
+    if labels is None or not labels.ndim:
         return NO_CLASS, math.nan, math.nan
     shares = labels[row].ravel().tolist()
     largest = max(shares)
+    predicted = min(shares.index(largest), LARGEST_CLASS)
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
-        return shares.index(largest), largest, math.nan
-    return shares.index(largest), largest, sum(-share * math.log(share) for share in shares if share > 0)
-
-
-def _rows(request: Request) -> int:
-    first = next(iter(request.inputs.values()))
-    rows = len(first) if first.ndim else 1
-    if not 0 < rows <= MAX_BATCH_ROWS:
-        raise InvalidRequest(f"a request has 1 to {MAX_BATCH_ROWS} rows, not {rows}")
-    return rows
+        return predicted, largest, math.nan
+    return predicted, largest, sum(-share * math.log(share) for share in shares if share > 0)
 
 
 def _first(lineup: Lineup) -> int:

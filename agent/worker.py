@@ -40,7 +40,7 @@ from agent.contract.plan import (
     Start,
     WorkerPlan,
 )
-from agent.frontend.openinference import OpenInference
+from agent.frontend.openinference import OpenInference, body_limit
 from agent.frontend.server import Server
 from agent.lineup import load_lineup
 from agent.observation import RingWriter
@@ -139,7 +139,8 @@ class Worker:
             raise ContractError("a worker was told to serve before it was started")
         if self._server is not None:
             return
-        self._server = Server(OpenInference(self._serving).handle, max_body_bytes=self._plan.max_body_bytes)
+        limit = body_limit(self._serving.services.values(), self._plan.max_body_bytes)
+        self._server = Server(OpenInference(self._serving).handle, max_body_bytes=limit)
         for listener in self._listeners:
             self._server.listen(listener)
 

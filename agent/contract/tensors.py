@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from agent.contract.errors import InvalidRequest
 
 Array = NDArray[Any]
 Buffer = bytes | memoryview
+Admit = Callable[[str, str, tuple[int, ...]], None]  # name, datatype, shape; raises what is wrong with them
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # HTTP header: bytes of JSON before the binary data
 MAX_AXES = 8
@@ -73,16 +74,20 @@ def datatype_of(array: Array) -> str:
     return name
 
 
-def read_tensors(described: Iterable[Any], binary: Buffer = b"") -> list[Tensor]:
+def read_tensors(described: Iterable[Any], binary: Buffer = b"", *, admit: Admit | None = None) -> list[Tensor]:
     """The tensors of one request or response. Binary tensors may be read-only views of `binary`.
 
+    `admit` sees each description before an array is built from its data.
+
     Raises:
-        InvalidRequest: a description is malformed, or data and shape do not fit.
+        InvalidRequest: a description is malformed, or data and shape do not fit; and whatever `admit` raises.
     """
     view = memoryview(binary)
     tensors, offset = [], 0
     for item in described:
         name, datatype, shape = _description(item)
+        if admit is not None:
+            admit(name, datatype, shape)
         size = _binary_size(item, name)
         if size is None:
             array = decode_json(name, datatype, shape, item.get("data"))

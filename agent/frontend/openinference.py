@@ -7,7 +7,8 @@ model configuration and statistics extensions. Only public outputs are described
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,8 +24,8 @@ from agent.contract.errors import (
     UnknownModel,
 )
 from agent.contract.plan import TensorPlan
-from agent.contract.tensors import HEADER_LENGTH, Tensor, read_tensors, write_tensors
-from agent.frontend.server import HttpRequest, HttpResponse, Reply, error_response
+from agent.contract.tensors import DATATYPES, HEADER_LENGTH, Array, Buffer, read_tensors, write_tensors
+from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, HttpResponse, Reply, error_response
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
 
 STATUS: dict[type[ServingError], int] = {
@@ -55,6 +56,12 @@ class _Infer(msgspec.Struct):
 _infer_decoder = msgspec.json.Decoder(_Infer)
 _encode = msgspec.json.Encoder().encode
 _LENGTH_KEY = HEADER_LENGTH.lower()
+
+
+def body_limit(services: Iterable[Service], configured_bytes: int) -> int:
+    """Largest body worth reading: the configured one, or less where no request to `services` can be that large."""
+    largest = max((_largest_bytes(service.signature.inputs) for service in services), default=0)
+    return min(configured_bytes, largest + MAX_JSON_BYTES)
 
 
 class OpenInference:
@@ -112,17 +119,18 @@ class OpenInference:
             reply(error_response(404, f"a model has no '{'/'.join(rest)[:60]}'"))
             return
         service = self._serving.service(model)
-        if version and version != service.version:
-            raise UnknownModel(f"'{model}' has no version {version[:20]}, it serves {service.version}")
+        service.check_version(version)
         _read(request, reply, lambda: view(service))
 
     def _infer(self, http: HttpRequest, reply: Reply, model: str, version: str) -> None:
         if not _only("POST", http, reply):
             return
+        service = self._serving.service(model)
+        service.check_version(version)
         length, document = _read_document(http)
-        tensors = read_tensors(document.inputs, memoryview(http.body)[length:])
-        request = _request(self._serving.service(model), version, document, tensors, http.arrival_ns)
         binary = _binary_names(document)
+        inputs = _read_inputs(service, document, memoryview(http.body)[length:])
+        request = _request(service, version, document, inputs, http.arrival_ns)
 
         def done(result: Answer | ServingError) -> None:
             if isinstance(result, ServingError):
@@ -188,16 +196,20 @@ def _read_document(http: HttpRequest) -> tuple[int, _Infer]:
         raise InvalidRequest(f"the request's JSON cannot be read: {error}") from None
 
 
-def _request(service: Service, version: str, document: _Infer, tensors: list[Tensor], arrival_ns: int) -> Request:
-    datatypes = {tensor.name: tensor.datatype for tensor in service.signature.inputs}
-    inputs = {}
-    for tensor in tensors:
-        expected = datatypes.get(tensor.name, tensor.datatype)
-        if tensor.datatype != expected:
-            raise InvalidRequest(f"input '{tensor.name}' must be {expected}, {tensor.datatype} was given")
-        if tensor.name in inputs:
-            raise InvalidRequest(f"input '{tensor.name}' is given twice")
-        inputs[tensor.name] = tensor.array
+def _read_inputs(service: Service, document: _Infer, binary: Buffer) -> dict[str, Array]:
+    """The arrays of a request, each built only after its description was found right."""
+    seen: set[str] = set()
+
+    def admit(name: str, datatype: str, shape: tuple[int, ...]) -> None:
+        if name in seen:
+            raise InvalidRequest(f"input '{name[:60]}' is given twice")
+        seen.add(name)
+        service.check_input(name, datatype, shape)
+
+    return {tensor.name: tensor.array for tensor in read_tensors(document.inputs, binary, admit=admit)}
+
+
+def _request(service: Service, version: str, document: _Infer, inputs: dict[str, Array], arrival_ns: int) -> Request:
     deadline_ms = _number(document.parameters, "ew_deadline_ms")
     if deadline_ms is None:
         timeout_us = _number(document.parameters, "timeout")  # Triton's name for it
@@ -260,13 +272,26 @@ def _model_ready(service: Service) -> dict[str, Any]:
 
 
 def _metadata(service: Service) -> dict[str, Any]:
+    labels = {"parameters": {"labels": list(service.plan.labels)}} if service.plan.labels else {}
     return {
         "name": service.plan.service,
         "versions": [service.version],
         "platform": PLATFORM,
         "inputs": [_tensor(tensor) for tensor in service.signature.inputs],
         "outputs": [_tensor(tensor) for tensor in service.signature.outputs],
+        **labels,  # beyond the protocol, in the place it has for such things
     }
+
+
+def _largest_bytes(inputs: Sequence[TensorPlan]) -> int:
+    """Binary size of the largest inputs admitted; no limit where an axis other than the rows is free."""
+    if any(tensor.datatype == "BYTES" or -1 in tensor.shape[1:] for tensor in inputs):
+        return sys.maxsize
+    return sum(
+        math.prod(MAX_BATCH_ROWS if axis == -1 else axis for axis in tensor.shape)
+        * DATATYPES[tensor.datatype].itemsize
+        for tensor in inputs
+    )
 
 
 def _tensor(tensor: TensorPlan) -> dict[str, Any]:

@@ -26,6 +26,9 @@ MAX_HEADERS = 100
 MAX_URL_BYTES = 4 * 1024
 MAX_PIPELINED = 32  # unanswered requests of one connection before it is not read any more
 MAX_CONNECTIONS = 512
+MAX_JSON_BYTES = 4 * 1024 * 1024  # reading JSON stops the loop for up to 30 ms a MiB; binary tensors are not copied
+MAX_BUFFERED_BYTES = 64 * 1024 * 1024  # bodies of all unanswered requests together...
+SMALL_BODY_BYTES = 64 * 1024  # ...whose last quarter is kept for bodies up to this size
 SLOW_S = 10.0  # for a request to arrive...
 SLOWEST_BYTES_PER_S = 64 * 1024  # ...plus its size at this speed
 LINGER_S = 2.0  # how long a refused client may go on sending before it is cut off
@@ -72,20 +75,26 @@ class Server:
         handler: Handler,
         *,
         max_body_bytes: int,
+        max_json_bytes: int = MAX_JSON_BYTES,
+        max_buffered_bytes: int = MAX_BUFFERED_BYTES,
         max_connections: int = MAX_CONNECTIONS,
         slow_s: float = SLOW_S,
     ) -> None:
         self.handler = handler
         self.max_body_bytes = max_body_bytes
+        self.max_json_bytes = max_json_bytes
+        self._max_buffered_bytes = max(max_buffered_bytes, 2 * max_body_bytes)  # the largest body must fit
+        self._buffered_bytes = 0
         self.slow_s = slow_s
         self.draining = False
         self.connections: set[Connection] = set()
         self._max_connections = max_connections
         self._listeners: list[socket.socket] = []
-        self._joining: set[asyncio.Task[Any]] = set()
+        self._joining: dict[Connection, asyncio.Task[Any]] = {}  # accepted, not all of them in `connections` yet
         self._timer: asyncio.TimerHandle | None = None
         self._accepted = 0
         self._refused = 0
+        self._refused_bodies = 0
         self.malformed = 0
 
     def listen(self, listener: socket.socket) -> None:
@@ -121,13 +130,28 @@ class Server:
             connection.abort()
 
     def statistics(self) -> dict[str, float]:
-        """Open connections and totals: accepted, refused for lack of room, malformed requests."""
+        """Open connections, bytes of unanswered bodies, and totals: accepted, refused for lack of room, malformed."""
         return {
             "connections": len(self.connections),
+            "buffered_bytes": self._buffered_bytes,
+            "refused_bodies": self._refused_bodies,
             "accepted": self._accepted,
             "refused_connections": self._refused,
             "malformed": self.malformed,
         }
+
+    def reserve(self, size: int) -> bool:
+        """Set room for a body aside, before it is read; False and counted when there is none."""
+        share = 1.0 if size <= SMALL_BODY_BYTES else 0.75
+        if size and self._buffered_bytes + size > share * self._max_buffered_bytes:
+            self._refused_bodies += 1
+            return False
+        self._buffered_bytes += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Give back what `reserve` set aside."""
+        self._buffered_bytes -= size
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
@@ -144,11 +168,13 @@ class Server:
                 continue
             sock.settimeout(0)
             self._accepted += 1
-            joining = asyncio.ensure_future(
-                asyncio.get_running_loop().connect_accepted_socket(lambda: Connection(self), sock)
-            )
-            self._joining.add(joining)
-            joining.add_done_callback(self._joining.discard)
+            self._join(Connection(self), sock)
+
+    def _join(self, connection: Connection, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(loop.connect_accepted_socket(lambda: connection, sock))
+        self._joining[connection] = task
+        task.add_done_callback(lambda _: self._joining.pop(connection))
 
     def _pause_accepting(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -161,12 +187,14 @@ class Server:
 
     def _make_room(self) -> bool:
         """At the limit the connection that has been idle longest goes; it may come back when it has a request."""
-        if len(self.connections) + len(self._joining) < self._max_connections:
+        if len(self.connections) + len(self._joining.keys() - self.connections) < self._max_connections:
             return True
         idle = [connection for connection in self.connections if connection.idle]
         if not idle:
             return False
-        min(idle, key=lambda connection: connection.last_ns).abort()
+        victim = min(idle, key=lambda connection: connection.last_ns)
+        self.connections.discard(victim)  # now: it closes a turn later, and must not make room twice
+        victim.abort()
         return True
 
     def _sweep(self) -> None:
@@ -181,12 +209,13 @@ class _Refused(Exception):
 
 
 class _Pending:
-    """A request whose response has not been written yet."""
+    """A request whose response has not been written yet. `size`: body bytes reserved for it."""
 
-    __slots__ = ("closing", "response")
+    __slots__ = ("closing", "response", "size")
 
-    def __init__(self, *, closing: bool) -> None:
+    def __init__(self, *, closing: bool, size: int = 0) -> None:
         self.closing = closing
+        self.size = size
         self.response: bytes | None = None
 
 
@@ -198,6 +227,8 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: Any = None
         self._pending: deque[_Pending] = deque()
+        self._handling: _Pending | None = None  # the request whose handler runs
+        self._reserved_bytes = 0  # for the body being read
         self._refusal: tuple[int, str] | None = None
         self._discarding_since_ns = 0  # a refused client is read and ignored for a moment, so that it sees why
         self._reading_since_ns = 0  # 0 = between requests
@@ -223,6 +254,7 @@ class Connection(asyncio.Protocol):
         del exc
         self._server.connections.discard(self)
         self._transport = None
+        self._drop_body()
 
     def data_received(self, data: bytes) -> None:
         if self._discarding_since_ns:
@@ -232,7 +264,10 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserCallbackError as error:
-            self._refuse(*(self._refusal or self._bug(error)))
+            if self._refusal is None:
+                self._fail(error)
+            else:
+                self._refuse(*self._refusal)
         except httptools.HttpParserError:
             self._refuse(400, "the request is not well-formed HTTP/1.1")
         else:
@@ -299,6 +334,13 @@ class Connection(asyncio.Protocol):
         self._size = int(length)
         if self._size > self._server.max_body_bytes:
             self._stop(413, f"the body has {self._size} bytes, at most {self._server.max_body_bytes} are accepted")
+        json_bytes, most = _json_bytes(headers, self._size), self._server.max_json_bytes
+        if json_bytes > most:
+            text = f"the request has {json_bytes} bytes of JSON, at most {most} are accepted"
+            self._stop(413, f"{text}. Send the tensors as binary data.")
+        if not self._server.reserve(self._size):
+            self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
+        self._reserved_bytes = self._size
         if headers.get("expect", "").lower() == "100-continue" and self._size and not self._pending:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
@@ -307,13 +349,16 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._reading_since_ns = 0
-        pending = _Pending(closing=not self._parser.should_keep_alive())
+        pending = _Pending(closing=not self._parser.should_keep_alive(), size=self._reserved_bytes)
+        self._reserved_bytes = 0
         self._pending.append(pending)
         method = self._parser.get_method().decode("latin-1")
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns)
         self._body = []
+        self._handling = pending
         self._server.handler(request, lambda response: self._reply(pending, response))
+        self._handling = None
         if len(self._pending) > MAX_PIPELINED:
             self._balance()
 
@@ -341,24 +386,45 @@ class Connection(asyncio.Protocol):
         self._refusal = (status, text)
         raise _Refused
 
-    def _bug(self, error: httptools.HttpParserCallbackError) -> tuple[int, str]:
+    def _fail(self, error: httptools.HttpParserCallbackError) -> None:
         """A handler raised what it should not: told to the process loop, which counts it; the worker lives on."""
-        if self._pending and self._pending[-1].response is None:
-            self._pending.pop()
-        context = {"message": "a request handler failed", "exception": error.__context__ or error}
-        asyncio.get_running_loop().call_exception_handler(context)
-        return 500, "internal error"
+        _tell_bug("a request handler failed", error.__context__ or error)
+        pending, self._handling = self._handling, None
+        self._read_no_more()
+        if pending is None:
+            pending = _Pending(closing=True)
+            self._pending.append(pending)
+        pending.closing = True
+        if pending.response is None:
+            self._reply(pending, error_response(500, "internal error"))
+        elif not self._pending and self._transport is not None:
+            self._transport.close()  # it was answered before its handler failed: one request, one answer
 
     def _refuse(self, status: int, text: str) -> None:
         """Answer what was asked before, then this error, then nothing more."""
-        self._server.malformed += 1
-        self._discarding_since_ns = self.last_ns = clock.monotonic_ns()
-        self._reading_since_ns = 0
+        if status != HTTPStatus.SERVICE_UNAVAILABLE:
+            self._server.malformed += 1
+        self._read_no_more()
         pending = _Pending(closing=True)
         self._pending.append(pending)
-        self._reply(pending, error_response(status, text))
+        self._reply(pending, error_response(status, text, {"Retry-After": "1"} if status == 503 else None))
+
+    def _read_no_more(self) -> None:
+        self._discarding_since_ns = self.last_ns = clock.monotonic_ns()
+        self._reading_since_ns = 0
+        self._drop_body()
+
+    def _drop_body(self) -> None:
+        """Forget a body that will not be read to its end."""
+        self._body = []
+        self._server.release(self._reserved_bytes)
+        self._reserved_bytes = 0
 
     def _reply(self, pending: _Pending, response: HttpResponse) -> None:
+        if pending.response is not None:
+            _tell_bug("a request was answered twice; the second answer was dropped")
+            return
+        self._server.release(pending.size)
         pending.closing = pending.closing or self._server.draining
         pending.response = _encode(response, closing=pending.closing)
         while self._pending and self._pending[0].response is not None:
@@ -389,6 +455,19 @@ class Connection(asyncio.Protocol):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
+
+
+def _tell_bug(message: str, exception: BaseException | None = None) -> None:
+    context: dict[str, Any] = {"message": message}
+    if exception is not None:
+        context["exception"] = exception
+    asyncio.get_running_loop().call_exception_handler(context)
+
+
+def _json_bytes(headers: dict[str, str], size: int) -> int:
+    """How much of a body is JSON; what is no number is refused by whoever reads the body."""
+    given = headers.get(HEADER_LENGTH.lower(), "")
+    return min(int(given), size) if given.isascii() and given.isdigit() and len(given) < 16 else size
 
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}

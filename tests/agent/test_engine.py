@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,13 @@ def test_the_floor_repeats_its_constant_for_every_row() -> None:
     np.testing.assert_allclose(answer["probability"], [[0.1, 0.2, 0.3, 0.4]] * 3)
 
 
+def test_the_floor_counts_rows_along_the_free_first_axis_in_whatever_order_inputs_come() -> None:
+    inputs = (TensorPlan("state", "FP32", (2, -1, 4)), TensorPlan("window", "FP32", (-1, 3)))
+    floor = FloorEngine({"probability": [0.5, 0.5]}, inputs, (TensorPlan("probability", "FP32", (-1, 2)),))
+    feeds = {"state": np.zeros((2, 5, 4), np.float32), "window": np.zeros((5, 3), np.float32)}
+    assert floor.run(feeds)["probability"].shape == (5, 2)
+
+
 def test_the_floor_keeps_the_shape_of_a_row() -> None:
     floor = FloorEngine({"y": [1, 2, 3, 4]}, (WINDOW,), (TensorPlan("y", "INT64", (-1, 2, 2)),))
     assert floor.run({"window": window(rows=2)}, ["y"])["y"].tolist() == [[[1, 2], [3, 4]]] * 2
@@ -338,6 +346,27 @@ def test_other_files_are_no_golden_inputs(tmp_path: Path) -> None:
         load_golden(tmp_path / "golden.npz")
     with pytest.raises(Corrupt, match="No such file"):
         load_golden(tmp_path / "missing.npz")
+
+
+@pytest.mark.parametrize("members", [1, 3])
+def test_golden_inputs_that_unpack_to_more_than_the_limit_are_refused_unread(tmp_path: Path, members: int) -> None:
+    megabytes = [b"\0" * (1 << 20)] * (MAX_GOLDEN_BYTES // members // (1 << 20) + 1)
+    with zipfile.ZipFile(tmp_path / "golden.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(members):
+            with archive.open(f"in_{number}.npy", "w") as member:
+                member.writelines(megabytes)
+    assert (tmp_path / "golden.npz").stat().st_size < 1 << 20
+    with pytest.raises(TooLarge, match="unpacks to"):
+        load_golden(tmp_path / "golden.npz")
+
+
+def test_a_golden_array_that_announces_more_than_memory_holds_is_corrupt(tmp_path: Path) -> None:
+    head = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000,), }"
+    head = head.ljust(117) + b"\n"
+    with zipfile.ZipFile(tmp_path / "golden.npz", "w") as archive:
+        archive.writestr("in_x.npy", b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head)
+    with pytest.raises(Corrupt):
+        load_golden(tmp_path / "golden.npz")
 
 
 def test_golden_inputs_have_a_size_limit(tmp_path: Path) -> None:

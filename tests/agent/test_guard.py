@@ -157,6 +157,29 @@ def test_clipping_moves_to_the_nearest_allowed_number() -> None:
     assert (verdict.x[0, 5, 1], verdict.x[0, 6, 3], verdict.x[0, 7, 0]) == (8.0, -20.0, 0.5)
 
 
+@pytest.mark.parametrize("datatype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("policy", [GuardPolicy.IMPUTE, GuardPolicy.CLIP])
+def test_a_repaired_input_keeps_its_datatype(datatype: type[np.floating], policy: GuardPolicy) -> None:
+    x = sound().astype(datatype)
+    x[0, 5, 0], x[0, 6, 1] = np.nan, 99
+    repaired = guard(not_finite=policy, out_of_range=policy).check(x).x
+    assert repaired.dtype == x.dtype
+    assert repaired[0, 5, 0] == 0.5
+    assert repaired[0, 6, 1] == (0.0 if policy is GuardPolicy.IMPUTE else 8.0)
+    x[0, 5, 0], x[0, 6, 1] = repaired[0, 5, 0], repaired[0, 6, 1]
+    assert (repaired == x).all()
+
+
+def test_limits_and_sums_beyond_half_precision_are_judged_in_single_precision() -> None:
+    channel = ChannelPlan("raw", "counts", -1e6, 1e6, 0.0)
+    half = Guard(GuardPlan("window", (channel,), GuardPolicy.IMPUTE, GuardPolicy.CLIP))
+    x = (sound()[:, :, :1] * 60_000).astype(np.float16)
+    assert half.check(x) == Verdict(x)
+    x[0, 5, 0] = np.inf
+    verdict = half.check(x)
+    assert (found(verdict), verdict.x[0, 5, 0], verdict.x.dtype) == ({"not_finite": 1}, 0.0, np.float16)
+
+
 def test_passing_hands_on_what_is_not_finite_as_it_is() -> None:
     x = sound()
     x[0, 7, 0] = math.nan

@@ -23,12 +23,23 @@ from agent.contract.errors import (
     ServingError,
     UnknownModel,
 )
-from agent.contract.plan import EnginePlan, GuardPolicy, ServicePlan, TensorPlan
+from agent.contract.plan import EngineKind, EnginePlan, GuardPolicy, ServicePlan, TensorPlan
+from agent.decisions.events import EngineFailed as EngineFault
 from agent.engine import RunControl
-from agent.lineup import load_lineup
-from agent.observation import MAX_ROWS, Outcome, RingReader, RingWriter, create_ring
+from agent.lineup import Lineup, Seat, load_lineup
+from agent.monitor import Monitor, MonitorPlan
+from agent.observation import MAX_ROWS, NO_ENGINE, Outcome, RingReader, RingWriter, create_ring
 from agent.serving import Answer, Request, Service, Serving, Watchdog
-from tests.models import engine_plan, expected_probability, floor_plan, guard_plan, service_plan, window
+from tests.models import (
+    PROBABILITY,
+    WINDOW,
+    engine_plan,
+    expected_probability,
+    floor_plan,
+    guard_plan,
+    service_plan,
+    window,
+)
 
 Story = Callable[["Stage"], Awaitable[None]]
 THREAD = 0.0  # as inline_us: every request goes through the queue and the service's thread
@@ -214,10 +225,40 @@ def test_a_floor_that_is_configured_to_refuse_refuses(tmp_path: Path, ring_fd: i
     async def story(stage: Stage) -> None:
         with pytest.raises(Overloaded, match="only the floor is left"):
             await stage.ask(window(TOLD))
-        assert stage.ring.read()["outcome"].tolist() == [Outcome.FLOOR]
+        [record] = stage.ring.read()
+        assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.ERROR, NO_ENGINE, 0)
+        assert stage.serving.statistics()["errors"] == 1
+        assert stage.serving.statistics()["floor"] == 0
 
     plan = service_plan(engine_plan(tmp_path, "wrist", trouble="raise"), floor_plan(), floor_status=503)
     play(plan, ring_fd, story)
+
+
+def test_a_refused_floor_is_a_failure_of_the_engine_that_was_tried_first(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        for _ in range(3):
+            with pytest.raises(Overloaded):
+                await stage.ask(window(TOLD))
+        plan = MonitorPlan("wrist", 0, ("wrist", "wrist-floor"), (), {})
+        monitor = Monitor(plan)
+        assert monitor.observe(stage.ring.read()) == [EngineFault("wrist", "wrist", "engine_failed", 3)]
+        assert monitor.statistics()["counters"]["error"] == 3
+
+    plan = service_plan(engine_plan(tmp_path, "wrist", trouble="nan"), floor_plan(), floor_status=503)
+    play(plan, ring_fd, story)
+
+
+def test_a_floor_that_refuses_because_it_is_first_is_an_error_and_nobodys_failure(
+    tmp_path: Path, ring_fd: int
+) -> None:
+    async def story(stage: Stage) -> None:
+        stage.serving.prefer("wrist", "wrist-floor", "nothing else works")
+        with pytest.raises(Overloaded, match="only the floor is left"):
+            await stage.ask(window())
+        [record] = stage.ring.read()
+        assert (record["outcome"], record["first_engine"]) == (Outcome.ERROR, NO_ENGINE)
+
+    play(three(tmp_path, floor_status=503), ring_fd, story)
 
 
 def test_without_a_floor_the_last_failure_is_the_answer(tmp_path: Path, ring_fd: int) -> None:
@@ -306,13 +347,81 @@ def test_a_service_without_a_guard_serves(tmp_path: Path, ring_fd: int) -> None:
     play(three(tmp_path, guard=None), ring_fd, story)
 
 
+# --- what a record is made of ---------------------------------------------------------------------------------
+class Odd:
+    """An engine that answers what it was given, whatever was promised."""
+
+    warm_us = 0.0
+
+    def __init__(self, **answer: np.ndarray) -> None:
+        self.inputs: tuple[TensorPlan, ...] = ()
+        self.outputs: tuple[TensorPlan, ...] = ()
+        self.answer = answer
+
+    def run(self, feeds: object, wanted: object = (), *, control: RunControl | None = None) -> dict[str, np.ndarray]:
+        del feeds, wanted, control
+        return self.answer
+
+
+def odd_service(plan: EnginePlan, engine: Odd) -> Service:
+    service = service_plan(plan, guard=None)
+    return Service(0, service, Lineup((Seat(0, plan, engine),)))
+
+
+def ask_odd(service: Service, ring_fd: int, inputs: dict[str, np.ndarray]) -> tuple[list[Any], Serving]:
+    """Everything that was answered to one request."""
+    serving = Serving([service], RingWriter(ring_fd), stuck_after_s=5, on_unstoppable=lambda: None)
+    told: list[Any] = []
+    serving.submit(Request("wrist", inputs, clock.monotonic_ns()), told.append)
+    serving.close()
+    return told, serving
+
+
+def test_rows_are_those_of_the_free_first_axis_in_whatever_order_inputs_come(ring_fd: int) -> None:
+    inputs = (TensorPlan("state", "FP32", (2, -1, 4)), TensorPlan("window", "FP32", (-1, 3)))
+    plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=inputs, outputs=(PROBABILITY,))
+    service = odd_service(plan, Odd(probability=np.full((3, 4), 0.25, np.float32)))
+    given = {"state": np.zeros((2, 3, 4), np.float32), "window": np.zeros((3, 3), np.float32)}
+    told, serving = ask_odd(service, ring_fd, given)
+    assert [type(reply) for reply in told] == [Answer]
+    assert RingReader(ring_fd).read()["row"].tolist() == [0, 1, 2]
+    assert (service.counters.rows, serving.statistics()["unrecorded"]) == (3, 0)
+
+
+def test_without_a_free_first_axis_the_label_says_how_many_rows_there_are(ring_fd: int) -> None:
+    inputs = (TensorPlan("state", "FP32", (2, -1, 4)),)
+    plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=inputs, outputs=(PROBABILITY,))
+    service = odd_service(plan, Odd(probability=np.full((1, 4), 0.25, np.float32)))
+    told, serving = ask_odd(service, ring_fd, {"state": np.zeros((2, 1, 4), np.float32)})
+    assert [type(reply) for reply in told] == [Answer]
+    assert RingReader(ring_fd).read()["rows"].tolist() == [1]
+    assert serving.statistics()["unrecorded"] == 0
+
+
+def test_a_class_number_beyond_what_a_record_holds_is_clamped(ring_fd: int) -> None:
+    shares = np.zeros((1, 40_000), np.float32)
+    shares[0, 39_999] = 1
+    outputs = (TensorPlan("probability", "FP32", (-1, 40_000)),)
+    plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=(WINDOW,), outputs=outputs)
+    told, _ = ask_odd(odd_service(plan, Odd(probability=shares)), ring_fd, {"window": window()})
+    assert [type(reply) for reply in told] == [Answer]
+    [record] = RingReader(ring_fd).read()
+    assert (record["predicted"], record["confidence"]) == (32767, 1.0)
+
+
+@pytest.mark.parametrize("label", [np.zeros((1, 0), np.float32), np.array([[b"cat"]], object), np.array([[1e300]])])
+def test_an_answer_that_cannot_be_recorded_is_given_once_and_counted(ring_fd: int, label: np.ndarray) -> None:
+    plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=(WINDOW,), outputs=(PROBABILITY,))
+    told, serving = ask_odd(odd_service(plan, Odd(probability=label)), ring_fd, {"window": window()})
+    assert [type(reply) for reply in told] == [Answer]
+    assert serving.statistics()["unrecorded"] == 1
+    assert serving.statistics()["requests"] == 1
+
+
 # --- requests that do not fit --------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("inputs", "options", "kind", "words"),
     [
-        ({"window": window()[:, :5]}, {}, InvalidRequest, r"must have shape \[-1, 16, 3\], \[1, 5, 3\] was given"),
-        ({"window": window()[0]}, {}, InvalidRequest, r"\[16, 3\] was given"),
-        ({"window": window()[:0]}, {}, InvalidRequest, "1 to 4096 rows, not 0"),
         ({}, {}, InvalidRequest, "takes the inputs window, given were none"),
         ({"x": window()}, {}, InvalidRequest, "given were x"),
         ({"window": window()}, {"outputs": ("logits",)}, InvalidRequest, "no output 'logits'"),
@@ -330,6 +439,28 @@ def test_a_request_that_does_not_fit_is_refused_with_what_would(
         with pytest.raises(kind, match=words):
             stage.serving.submit(request, lambda _: None)
         assert stage.serving.statistics()["requests"] == 0
+
+    play(three(tmp_path), ring_fd, story)
+
+
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        (("window", "FP32", (1, 5, 3)), r"must have shape \[-1, 16, 3\], \[1, 5, 3\] was given"),
+        (("window", "FP32", (16, 3)), r"\[16, 3\] was given"),
+        (("window", "FP32", (0, 16, 3)), "1 to 4096 rows, not 0"),
+        (("window", "FP32", (4097, 16, 3)), "1 to 4096 rows, not 4097"),
+        (("window", "FP64", (1, 16, 3)), "must be FP32, FP64 was given"),
+        (("x", "FP32", (1, 16, 3)), "takes the inputs window, given was 'x'"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_refused_by_its_description(
+    tmp_path: Path, ring_fd: int, described: tuple[str, str, tuple[int, ...]], words: str
+) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.check_input("window", "FP32", (4096, 16, 3))
+        with pytest.raises(InvalidRequest, match=words):
+            stage.service.check_input(*described)
 
     play(three(tmp_path), ring_fd, story)
 

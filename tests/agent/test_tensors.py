@@ -132,6 +132,20 @@ def test_malformed_tensors_are_refused_with_a_reason(item: object, body: bytes, 
         read_tensors([item], body)
 
 
+def test_a_description_is_judged_before_its_data_are_looked_at() -> None:
+    described = {"name": "x", "datatype": "FP32", "shape": [1], "data": ["no number"]}
+    told: list[object] = []
+    with pytest.raises(InvalidRequest, match="cannot hold str"):
+        read_tensors([described], admit=lambda *what: told.append(what))
+    assert told == [("x", "FP32", (1,))]
+
+    def refuse(name: str, datatype: str, shape: tuple[int, ...]) -> None:
+        raise InvalidRequest(f"{name} {datatype} {shape} is not wanted")
+
+    with pytest.raises(InvalidRequest, match="is not wanted"):
+        read_tensors([described], admit=refuse)
+
+
 def test_deep_nesting_is_refused() -> None:
     data: list[object] = [1.0]
     for _ in range(12):

@@ -90,6 +90,7 @@ def test_health_metadata_and_index(client: Client) -> None:
         "name": "wrist", "versions": ["3"], "platform": "onnxruntime_onnx",
         "inputs": [{"name": "window", "datatype": "FP32", "shape": [-1, 16, 3]}],
         "outputs": [{"name": "probability", "datatype": "FP32", "shape": [-1, 4]}],
+        "parameters": {"labels": ["PEN", "ABD", "FEL", "IR"]},
     }  # fmt: skip
     assert client.models() == [{"name": "wrist", "version": "3", "state": "READY", "reason": "active"}]
 
@@ -221,6 +222,8 @@ def test_the_model_configuration_is_the_one_known_clients_read(stage: tuple[Sock
         (b"{}", {"Inference_Header_Content_Length": "x"}, "must be a number"),
         (b"{}", {"Inference_Header_Content_Length": "9" * 30}, "must be a number"),
         ({"inputs": [json_input(window()), json_input(window())]}, {}, "given twice"),
+        ({"inputs": [json_input(window(rows=4097)[:, :1, :1]) | {"shape": [4097, 16, 3]}]}, {}, "not 4097"),
+        ({"inputs": [json_input(window()[:, :1]) | {"data": ["never looked at"]}]}, {}, "must have shape"),
         ({"inputs": [json_input(window())], "parameters": {"ew_deadline_ms": "soon"}}, {}, "must be a number"),
         ({"inputs": [json_input(window())], "parameters": {"ew_time_s": True}}, {}, "must be a number"),
         ({"inputs": [json_input(window())], "outputs": [{"name": "probability",
@@ -235,6 +238,19 @@ def test_malformed_bodies_are_400_with_a_reason(
     status, _, document = ask(stage[0], "POST", "/v2/models/wrist/infer", body, **headers)
     assert status == 400
     assert words in document["error"]
+
+
+@pytest.mark.parametrize(("model", "header"), [("nosuch", {}), ("wrist", {}), ("wrist", {"length": "8000000"})])
+def test_too_much_json_is_refused_unread_and_says_what_to_do(
+    stage: tuple[Sockets, RunningWorker], model: str, header: dict[str, str]
+) -> None:
+    head = b'{"inputs":[{"name":"window","datatype":"FP32","shape":[4000000],"data":['
+    body = (head + b"0," * 4_000_000).ljust(9_000_000)
+    headers = {"Inference_Header_Content_Length": header["length"]} if header else {}
+    before = stage[1].statistics()["resident_bytes"]
+    status, _, document = ask(stage[0], "POST", f"/v2/models/{model}/infer", body[:8_100_000], **headers)
+    assert (status, "binary data" in document["error"] or "at most" in document["error"]) == (413, True)
+    assert stage[1].statistics()["resident_bytes"] < before + 4e6
 
 
 def test_no_request_so_far_was_a_bug(stage: tuple[Sockets, RunningWorker]) -> None:

@@ -50,6 +50,7 @@ def test_metadata_configuration_index_and_statistics(client: triton.InferenceSer
     metadata = client.get_model_metadata("wrist", "3")
     assert metadata["inputs"] == [{"name": "window", "datatype": "FP32", "shape": [-1, 16, 3]}]
     assert [output["name"] for output in metadata["outputs"]] == ["probability"]
+    assert metadata["parameters"]["labels"] == ["PEN", "ABD", "FEL", "IR"]
     assert client.get_model_config("wrist")["input"][0]["data_type"] == "TYPE_FP32"
     assert client.get_model_repository_index()[0]["state"] == "READY"
     assert client.get_inference_statistics("wrist")["model_stats"][0]["name"] == "wrist"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agent.frontend.server import MAX_HEAD_BYTES, HttpRequest, HttpResponse, Reply, Server
+from agent.frontend.server import MAX_HEAD_BYTES, SMALL_BODY_BYTES, HttpRequest, HttpResponse, Reply, Server
 
 HEAD = b"Host: x\r\n"
 LIMIT_BYTES = 1000
@@ -31,6 +32,11 @@ class Handler:
         if request.path == "/bug":
             raise ZeroDivisionError("a bug")
         response = HttpResponse(200, (request.path.encode() + b" ", request.body))
+        if request.path.startswith("/twice"):
+            reply(response)
+        if request.path == "/answered-bug":
+            reply(response)
+            raise ZeroDivisionError("a bug")
         if request.path.startswith("/held"):
             self.held.append(lambda: reply(response))
         else:
@@ -329,6 +335,114 @@ def test_a_bug_in_a_handler_is_a_500_and_told_to_the_process_loop(tmp_path: Path
     play(tmp_path, story)
 
 
+def test_a_handler_that_fails_after_its_answer_sends_no_second_one(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        told: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["exception"]))
+        for before, expected in ((b"", [200]), (b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n", [200, 200])):
+            reader, writer = await stage.connect()
+            writer.write(before + b"GET /answered-bug HTTP/1.1\r\n" + HEAD + b"\r\n")
+            await until(lambda: told)
+            for answer in stage.handler.held:
+                answer()
+            assert statuses(await reader.read()) == expected
+            assert [type(exception) for exception in told] == [ZeroDivisionError]
+            told.clear()
+            writer.close()
+
+    play(tmp_path, story)
+
+
+def test_the_second_answer_to_one_request_is_dropped_and_told(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        told: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context["message"]))
+        two = b"GET /twice HTTP/1.1\r\n" + HEAD + b"\r\nGET /a HTTP/1.1\r\n" + HEAD + b"\r\n"
+        answer = await stage.exchange(two)
+        assert (statuses(answer), answer.count(b"/twice "), answer.count(b"/a ")) == ([200, 200], 1, 1)
+        assert told == ["a request was answered twice; the second answer was dropped"]
+
+    play(tmp_path, story)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("head", "size", "status"),
+    [
+        (b"", 100, 200), (b"", 101, 413), (b"Inference-Header-Content-Length: 100\r\n", 1000, 200),
+        (b"Inference-Header-Content-Length: 101\r\n", 1000, 413),
+        (b"Inference-Header-Content-Length: x\r\n", 101, 413),
+    ],
+)  # fmt: skip
+def test_json_has_a_limit_of_its_own(tmp_path: Path, head: bytes, size: int, status: int) -> None:
+    async def story(stage: Stage) -> None:
+        request = b"POST /a HTTP/1.1\r\n" + HEAD + head + b"Content-Length: %d\r\n\r\n" % size + b"a" * size
+        answer = await stage.exchange(request)
+        assert statuses(answer) == [status]
+        if status == 413:
+            assert "Send the tensors as binary data" in error(answer)
+            assert stage.handler.requests == []
+
+    play(tmp_path, story, max_json_bytes=100)
+
+
+def test_bodies_of_all_unanswered_requests_share_one_limit(tmp_path: Path) -> None:
+    def post(path: bytes, size: int) -> bytes:
+        return b"POST " + path + b" HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % size + b"a" * size
+
+    async def story(stage: Stage) -> None:
+        held, writer = await stage.connect()
+        writer.write(post(b"/held", 900))
+        await until(lambda: stage.handler.held)
+        reading, slow_writer = await stage.connect()
+        slow_writer.write(post(b"/a", 1000)[:-1])
+        await until(lambda: stage.server.statistics()["buffered_bytes"] == 1900)
+        answer = await stage.exchange(post(b"/a", 101))
+        assert statuses(answer) == [503]
+        assert b"Retry-After: 1\r\n" in answer
+        assert stage.server.statistics()["refused_bodies"] == 1
+        assert stage.server.statistics()["malformed"] == 0
+        assert statuses(await stage.exchange(b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n")) == [200]
+        slow_writer.transport.abort()
+        await until(lambda: stage.server.statistics()["buffered_bytes"] == 900)
+        assert statuses(await stage.exchange(post(b"/a", 1000))) == [200]
+        stage.handler.held[0]()
+        await held.readuntil(b"/held " + b"a" * 900)
+        assert stage.server.statistics()["buffered_bytes"] == 0
+        writer.close()
+        del reading
+
+    play(tmp_path, story, max_buffered_bytes=2000)
+
+
+def test_the_last_quarter_of_the_room_is_kept_for_small_bodies(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        server, large = stage.server, SMALL_BODY_BYTES + 1
+        taken = 0
+        while server.reserve(large):
+            taken += large
+        assert taken <= 750_000
+        while server.reserve(SMALL_BODY_BYTES):
+            taken += SMALL_BODY_BYTES
+        assert 1_000_000 - SMALL_BODY_BYTES < taken <= 1_000_000
+        server.release(taken)
+        assert server.statistics()["buffered_bytes"] == 0
+
+    play(tmp_path, story, max_buffered_bytes=1_000_000)
+
+
+def test_a_body_that_is_not_read_to_its_end_gives_its_room_back(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nab")
+        await until(lambda: stage.server.statistics()["buffered_bytes"] == 9)
+        assert statuses(await reader.read()) == [408]
+        assert stage.server.statistics()["buffered_bytes"] == 0
+        writer.close()
+
+    play(tmp_path, story, slow_s=0.05)
+
+
 # --- connections ---------------------------------------------------------------------------------------------
 def test_at_the_limit_the_longest_idle_connection_makes_room(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
@@ -356,6 +470,28 @@ def test_at_the_limit_the_longest_idle_connection_makes_room(tmp_path: Path) -> 
         return answer
 
     play(tmp_path, story, max_connections=2)
+
+
+def test_a_burst_of_connections_stays_within_the_limit(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        kept = [await stage.connect() for _ in range(4)]
+        await until(lambda: len(stage.server.connections) == 4)
+        burst = [await stage.connect() for _ in range(60)]
+        await until(lambda: sum(stage.server.statistics()[n] for n in ("accepted", "refused_connections")) == 64)
+        assert len(stage.server.connections) <= 4
+        states = [await is_open(reader) for reader, _ in (*kept, *burst)]
+        assert sum(states) <= 4
+        for _, writer in (*kept, *burst):
+            writer.close()
+
+    async def is_open(reader: asyncio.StreamReader) -> bool:
+        """Whether the other side has neither answered nor gone."""
+        with contextlib.suppress(TimeoutError, ConnectionResetError):
+            await asyncio.wait_for(reader.read(), 0.2)
+            return False
+        return reader.exception() is None
+
+    play(tmp_path, story, max_connections=4)
 
 
 def test_draining_closes_idle_connections_and_finishes_busy_ones(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""What the protocol's handler does before and after serving, in this process and without sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent import clock
+from agent.contract.plan import EngineKind, EnginePlan, TensorPlan
+from agent.frontend.openinference import OpenInference, body_limit
+from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, HttpResponse
+from agent.lineup import Lineup, load_lineup
+from agent.observation import RingWriter, create_ring
+from agent.serving import Service, Serving
+from tests.models import PROBABILITY, WINDOW, engine_plan, service_plan
+
+MIB = 1024 * 1024
+ROW_BYTES = 16 * 3 * 4
+
+
+@pytest.fixture
+def handler(tmp_path: Path) -> Iterator[OpenInference]:
+    plan = service_plan(engine_plan(tmp_path, "wrist", version=3))
+    ring_fd = create_ring()
+    serving = Serving(
+        [Service(0, plan, load_lineup(plan)[0])], RingWriter(ring_fd), stuck_after_s=5, on_unstoppable=lambda: None
+    )
+    yield OpenInference(serving)
+    serving.close()
+    os.close(ring_fd)
+
+
+def answers(handler: OpenInference, path: str, body: bytes) -> list[HttpResponse]:
+    """Everything that was replied to one request."""
+    told: list[HttpResponse] = []
+    handler.handle(HttpRequest("POST", path, {}, body, clock.monotonic_ns()), told.append)
+    return told
+
+
+def text(response: HttpResponse) -> str:
+    document = json.loads(b"".join(response.parts))
+    error: str = document["error"]
+    return error
+
+
+@pytest.mark.parametrize("path", ["/v2/models/nosuch/infer", "/v2/models/wrist/versions/9/infer"])
+def test_a_model_that_is_not_served_is_told_before_the_body_is_looked_at(handler: OpenInference, path: str) -> None:
+    [response] = answers(handler, path, b"this is no JSON")
+    assert response.status == 404
+
+
+@pytest.mark.parametrize(
+    ("described", "words"),
+    [
+        ({"name": "other"}, "takes the inputs window, given was 'other'"),
+        ({"datatype": "FP64"}, "must be FP32, FP64 was given"),
+        ({"shape": [1, 5, 3]}, "must have shape [-1, 16, 3], [1, 5, 3] was given"),
+        ({"shape": [4097, 16, 3]}, "a request has 1 to 4096 rows, not 4097"),
+    ],
+)
+def test_an_input_that_does_not_fit_is_told_before_its_data_are_looked_at(
+    handler: OpenInference, described: dict[str, object], words: str
+) -> None:
+    given = {"name": "window", "datatype": "FP32", "shape": [1, 16, 3], "data": ["no number"]} | described
+    [response] = answers(handler, "/v2/models/wrist/infer", json.dumps({"inputs": [given]}).encode())
+    assert (response.status, words in text(response)) == (400, True)
+
+
+def service_of(*inputs: TensorPlan) -> Service:
+    plan = EnginePlan("a", 1, "d" * 64, EngineKind.ONNX, inputs=inputs, outputs=(PROBABILITY,))
+    return Service(0, service_plan(plan, guard=None), Lineup(()))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "configured_bytes", "limit_bytes"),
+    [
+        ([(WINDOW,)], 64 * MIB, 4096 * ROW_BYTES + MAX_JSON_BYTES),
+        ([(WINDOW,)], 100_000, 100_000),
+        ([(WINDOW, TensorPlan("state", "FP64", (2, 4)))], 64 * MIB, 4096 * ROW_BYTES + 64 + MAX_JSON_BYTES),
+        ([(TensorPlan("flag", "BOOL", ()),)], 64 * MIB, 1 + MAX_JSON_BYTES),
+        ([(WINDOW,), (TensorPlan("big", "FP32", (-1, 1024)),)], 64 * MIB, 16 * MIB + MAX_JSON_BYTES),
+        ([(TensorPlan("long", "FP32", (-1, -1)),)], 64 * MIB, 64 * MIB),
+        ([(TensorPlan("text", "BYTES", (-1, 1)),)], 64 * MIB, 64 * MIB),
+    ],
+)
+def test_no_larger_body_is_read_than_a_request_can_need(
+    inputs: list[tuple[TensorPlan, ...]], configured_bytes: int, limit_bytes: int
+) -> None:
+    assert body_limit([service_of(*tensors) for tensors in inputs], configured_bytes) == limit_bytes
