@@ -1,7 +1,8 @@
 """A short-lived child for work on bytes from outside: one JSON request in, one bounded JSON answer out.
 
 The child sets its own limits before it touches anything foreign, runs in an empty folder with a bare environment,
-and ends by an alarm even when nobody is left to end it. Whatever it does wrong becomes one of our errors.
+and ends by an alarm even when nobody is left to end it. Whatever it does wrong becomes one of our errors. Its folder
+and what it says on stderr have no names, so nothing of them stays behind, whoever is killed.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from agent.contract.errors import EdgewardenError
 from agent.ota.errors import Crashed, ResourceLimit, from_code
@@ -26,6 +27,7 @@ from agent.ota.files import storage_error
 
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
+MAX_ERROR_BYTES = 2000
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 
@@ -53,10 +55,25 @@ def run(module: str, request: Mapping[str, Any], limits: Limits) -> dict[str, An
     if len(body) > MAX_REQUEST_BYTES:
         raise Crashed(f"a request of {len(body)} bytes is too large for {module}")
     try:
-        with tempfile.TemporaryDirectory(prefix="edgewarden-") as folder:
-            return _outcome(module, _talk(module, body, limits, Path(folder)))
+        with _nowhere() as folder, tempfile.TemporaryFile() as log:
+            ended = _talk(module, body, limits, folder, log)
     except OSError as error:
         raise storage_error(error, Path(tempfile.gettempdir())) from None
+    return _outcome(module, ended)
+
+
+@contextlib.contextmanager
+def _nowhere() -> Iterator[str]:
+    """An empty folder that exists as long as somebody is in it: a model's relative file names lead nowhere."""
+    named = tempfile.mkdtemp(prefix="edgewarden-")
+    try:
+        folder = os.open(named, os.O_RDONLY | os.O_DIRECTORY)
+    finally:
+        Path(named).rmdir()
+    try:
+        yield f"/proc/self/fd/{folder}"  # self: the child, which enters it before it closes what it inherited
+    finally:
+        os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +84,12 @@ class _Ended:
     errors: str
 
 
-def _talk(module: str, body: bytes, limits: Limits, folder: Path) -> _Ended:
+def _talk(module: str, body: bytes, limits: Limits, folder: str, log: IO[bytes]) -> _Ended:
     late = threading.Event()
-    log = folder / "stderr"
-    empty = folder / "empty"  # a model's relative file names lead nowhere
-    empty.mkdir()
-    with (
-        log.open("wb") as stderr,
-        subprocess.Popen(
-            [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr,
-            cwd=empty, env=_environment(), start_new_session=True,
-        ) as process,
-    ):  # fmt: skip
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        cwd=folder, env=_environment(), start_new_session=True,
+    ) as process:  # fmt: skip
 
         def end() -> None:
             late.set()
@@ -131,10 +142,9 @@ def _outcome(module: str, ended: _Ended) -> dict[str, Any]:
     raise from_code(code, text, hint)
 
 
-def _tail(log: Path) -> str:
-    with log.open("rb") as file:
-        file.seek(max(0, log.stat().st_size - 2000))
-        return file.read(2000).decode("utf-8", "replace")
+def _tail(log: IO[bytes]) -> str:
+    size = os.fstat(log.fileno()).st_size
+    return os.pread(log.fileno(), MAX_ERROR_BYTES, max(0, size - MAX_ERROR_BYTES)).decode("utf-8", "replace")
 
 
 def _environment() -> dict[str, str]:
@@ -144,16 +154,23 @@ def _environment() -> dict[str, str]:
 
 # --- the child's side --------------------------------------------------------------------------------------
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Main of a child: read the request, take on its limits, answer it or report the error. Returns the status."""
+    """Main of a child: read the request, take on its limits, answer it or report the error. Returns the status.
+
+    Raises:
+        SystemExit: no whole request came.
+    """
     channel = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints is not our answer
-    request = json.loads(sys.stdin.buffer.read(MAX_REQUEST_BYTES))
+    try:
+        request = json.loads(sys.stdin.buffer.read(MAX_REQUEST_BYTES))
+    except ValueError:
+        raise SystemExit("no whole request came: the caller is gone") from None
     _apply(Limits(**request.pop("limits")))
     try:
         result = answer(request)
     except EdgewardenError as error:
         result = {"error": {"code": error.code, "text": str(error), "hint": error.hint}}
-    with os.fdopen(channel, "wb") as stream:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(channel, "wb") as stream:  # the caller may be gone
         stream.write(json.dumps(result).encode())
     return 0
 
