@@ -212,6 +212,7 @@ def _engine(artifact: Artifact, threads: int) -> EnginePlan:
         ),
         floor_outputs=manifest.floor_outputs,
         threads=threads,
+        reads=() if manifest.kind == "floor" else tuple(manifest.reads) or None,
     )
 
 

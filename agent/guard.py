@@ -8,6 +8,7 @@ Pure: no clock, no state.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,10 +75,12 @@ class Guard:
         self._low32 = (self._mean_square_low * 1.001).astype(np.float32)
         self._high32 = (self._mean_square_high * 0.999).astype(np.float32)
 
-    def check(self, x: Array) -> Verdict:
+    def check(self, x: Array, reads: Collection[str] | None = None) -> Verdict:
         """Judge `x`: (rows, ..., channels), floating point; the axes between are time.
 
-        Without channels in the plan only NaN and infinity are looked for, and told as bit 0.
+        `reads`: the channels the engine to be asked looks at, None = all; in the others a value that would be refused
+        is imputed, since no answer rests on it. Without channels in the plan only NaN and infinity are looked for,
+        and told as bit 0.
         """
         if x.dtype.kind != "f" or x.size == 0:
             return Verdict(x)
@@ -89,7 +92,7 @@ class Guard:
         series = np.ascontiguousarray(windows.transpose(0, 2, 1), wide)
         if self._is_clean(windows, series):
             return Verdict(x)
-        return self._verdict(x, self._judge(series))
+        return self._verdict(x, self._judge(series), reads)
 
     def _is_clean(self, x: Array, series: Array) -> bool:
         """True only if `_judge` would find nothing. Sufficient conditions, chosen for cost."""
@@ -147,13 +150,14 @@ class Guard:
         flags: Flags = wrong.astype(np.uint8) @ self._members.T > 0
         return flags
 
-    def _verdict(self, x: Array, flags: tuple[Flags, ...]) -> Verdict:
+    def _verdict(self, x: Array, flags: tuple[Flags, ...], reads: Collection[str] | None) -> Verdict:
         found = {kind: flag for kind, flag in zip(KINDS, flags, strict=True) if flag.any()}
         if not found:
             return Verdict(x)
         text = ";".join(f"{kind}:{','.join(self._named(flag))}" for kind, flag in found.items())
         bits = np.stack([flag.astype(np.uint64) @ self._weights for flag in flags])
-        refusal = self._refusal(found)
+        unread = np.array([reads is not None and name not in reads for name in self._names])
+        refusal = self._refusal({kind: flag & ~unread for kind, flag in found.items()})
         return Verdict(x if refusal else self._repaired(x, found), refusal, text, bits)
 
     def _refusal(self, found: dict[str, Flags]) -> str:
@@ -161,11 +165,12 @@ class Guard:
             ("not_finite", self.plan.not_finite, "holds NaN or infinity"),
             ("range", self.plan.out_of_range, "is outside its allowed range"),
         ):
-            if kind in found and policy is GuardPolicy.REFUSE:
+            if policy is GuardPolicy.REFUSE and kind in found and found[kind].any():
                 return f"input '{self.plan.input}' {words} in channel {', '.join(self._named(found[kind]))}"
         return ""
 
     def _repaired(self, x: Array, found: dict[str, Flags]) -> Array:
+        # under `refuse` what is left lies in unread channels: it is imputed
         # in the input's own datatype, which is the engine's; a limit beyond FP16 becomes infinite and limits nothing
         with np.errstate(over="ignore"):
             low, high, mean = (numbers.astype(x.dtype) for numbers in (self._minimum, self._maximum, self._mean))
@@ -174,7 +179,7 @@ class Guard:
             x = np.where(np.isfinite(x), x, mean)
         if "range" in found and self.plan.out_of_range is GuardPolicy.CLIP:
             x = np.where(np.isfinite(x), np.clip(x, low, high), x)
-        elif "range" in found and self.plan.out_of_range is GuardPolicy.IMPUTE:
+        elif "range" in found and self.plan.out_of_range is not GuardPolicy.PASS:
             x = np.where(np.isfinite(x) & ((x < self._minimum) | (x > self._maximum)), mean, x)
         return x
 

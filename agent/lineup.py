@@ -42,7 +42,7 @@ class Lineup:
             names = ", ".join(seat.plan.engine for seat in self.seats) or "none"
             raise UnknownModel(f"engine '{engine}' cannot be preferred, usable are: {names}")
         others = sorted((seat for seat in self.seats if seat.plan.engine != engine), key=lambda seat: seat.index)
-        why = "active" if engine == active else f"preferred: {reason or 'no reason given'}"
+        why = "active" if engine == active else f"switched: {reason or 'no reason given'}"
         return replace(self, seats=(*first, *others), reason=why)
 
     @property
@@ -63,7 +63,7 @@ def load_lineup(service: ServicePlan) -> tuple[Lineup, tuple[EngineLoaded, ...]]
     lineup = Lineup(tuple(seats))
     if any(seat.plan.engine == service.active for seat in seats):
         return lineup.prefer(service.active, active=service.active, reason=""), tuple(reports)
-    return replace(lineup, reason=f"preferred: {service.active} is not usable"), tuple(reports)
+    return replace(lineup, reason=f"switched: {service.active} is not usable"), tuple(reports)
 
 
 def _load(service: ServicePlan, index: int, plan: EnginePlan) -> tuple[Seat | None, EngineLoaded]:

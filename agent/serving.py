@@ -43,6 +43,7 @@ IDLE_TICKS = 100
 LARGEST_CLASS = 0x7FFF  # what a record can hold
 # what an output that is not what its plan promised can raise while it is recorded
 _UNRECORDABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+SLOW = 3.0  # a row may take so many times what it took while warming
 UNSTOPPABLE_S = 1.0  # how long a run may outlive its end order beyond `stuck_after_s`
 
 
@@ -90,9 +91,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class _Trouble:
+    """`blamed`: whether it counts against the engine; else too much was asked of it."""
+
     seat: Seat
     code: str
     text: str
+    blamed: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,11 +215,12 @@ class Service:
         self.guard = None if plan.guard is None else Guard(plan.guard)
         self.signature = plan.engines[0]
         self._inputs = {tensor.name: tensor for tensor in self.signature.inputs}
-        self._outputs = tuple(tensor.name for tensor in self.signature.outputs)
+        self.datatypes = {tensor.name: tensor.datatype for tensor in self.signature.outputs}
+        self.slowest_us = lineup.slowest_us  # a lineup is reordered, but keeps its engines
         self.version = str(next(e.version for e in plan.engines if e.engine == plan.active))
         self.counters = Counters()
         self.waiting = 0  # requests in the queue or on the service's thread
-        self.run_us = lineup.slowest_us  # smoothed time of a request on the service's thread
+        self.run_us = self.slowest_us  # smoothed time of a request on the service's thread
 
     @property
     def ready(self) -> bool:
@@ -227,7 +232,7 @@ class Service:
         if version and version != self.version:
             raise UnknownModel(f"'{self.plan.service}' has no version {version[:20]}, it serves {self.version}")
 
-    def check_input(self, name: str, datatype: str, shape: Sequence[int]) -> None:
+    def check_input(self, name: str, datatype: str, shape: tuple[int, ...]) -> None:
         """Compare one described input with the plan, before anybody looks at its data.
 
         Raises:
@@ -238,7 +243,8 @@ class Service:
             raise InvalidRequest(f"'{self.plan.service}' takes {self._wanted()}, given was '{name[:60]}'")
         if datatype != expected.datatype:
             raise InvalidRequest(f"input '{name}' must be {expected.datatype}, {datatype} was given")
-        check_shape(name, expected.shape, shape)
+        if shape[1:] != expected.shape[1:] or shape[:1] != expected.shape[:1]:  # else there is nothing to compare
+            check_shape(name, expected.shape, shape)
         if expected.shape[:1] == (-1,) and not 0 < shape[0] <= MAX_BATCH_ROWS:
             raise InvalidRequest(f"a request has 1 to {MAX_BATCH_ROWS} rows, not {shape[0]}")
 
@@ -253,15 +259,11 @@ class Service:
             given = ", ".join(request.inputs) or "none"
             raise InvalidRequest(f"'{self.plan.service}' takes {self._wanted()}, given were {given}")
         for name in request.outputs:
-            if name not in self._outputs:
-                only = ", ".join(self._outputs)
+            if name not in self.datatypes:
+                only = ", ".join(self.datatypes)
                 raise InvalidRequest(f"'{self.plan.service}' has no output '{name[:60]}', only {only}")
         if request.deadline_ms is not None and not 0 < request.deadline_ms <= MAX_DEADLINE_MS:
             raise InvalidRequest(f"ew_deadline_ms must be above 0 and at most {MAX_DEADLINE_MS:.0f}")
-        return self.rows(request)
-
-    def rows(self, request: Request) -> int:
-        """Length of the leading input's first axis."""
         return leading_rows(self.signature.inputs, request.inputs)
 
     def deadline_ns(self, request: Request) -> int:
@@ -314,17 +316,20 @@ class Serving:
         """
         service = self.service(request.service)
         rows = service.check(request)
-        if rows * service.lineup.slowest_us < self._inline_us:
-            self._finish(service, request, _Attempt(service, request, self._watch, self._stuck_ns).run(), done)
+        if rows * service.slowest_us < self._inline_us:
+            result = _Attempt(service, request, rows, self._watch, self._stuck_ns).run()
+            self._finish(service, request, rows, result, done)
             return
         refusal = _refusal(service, request)
         if refusal is not None:
-            self._finish(service, request, refusal, done)
+            self._finish(service, request, rows, refusal, done)
             return
         if request.service not in self._runners:
             self._runners[request.service] = _Runner(service, self._dog.watch(), self._stuck_ns)
         service.waiting += 1
-        self._runners[request.service].put(request, lambda result: self._leave(service, request, result, done))
+        self._runners[request.service].put(
+            request, rows, lambda result: self._leave(service, request, rows, result, done)
+        )
 
     def prefer(self, service_name: str, engine: str, reason: str) -> None:
         """Let `engine` answer first from the next request on.
@@ -362,16 +367,15 @@ class Serving:
             runner.close()
         self._dog.close()
 
-    def _leave(self, service: Service, request: Request, result: _Result, done: Done) -> None:
+    def _leave(self, service: Service, request: Request, rows: int, result: _Result, done: Done) -> None:
         service.waiting -= 1
         elapsed_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3 - result.queue_us
         service.run_us += 0.2 * (elapsed_us - service.run_us)
-        self._finish(service, request, result, done)
+        self._finish(service, request, rows, result, done)
 
-    def _finish(self, service: Service, request: Request, result: _Result, done: Done) -> None:
+    def _finish(self, service: Service, request: Request, rows: int, result: _Result, done: Done) -> None:
         done(result.reply)
         latency_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
-        rows = service.rows(request)
         counters = service.counters
         counters.requests += 1
         counters.by_outcome[result.outcome] += 1
@@ -407,12 +411,12 @@ class _Runner:
         self._closing = False
         self._loop = asyncio.get_running_loop()
         # bounded by the plan's queue_limit, which `_refusal` keeps
-        self._queue: queue.SimpleQueue[tuple[Request, Callable[[_Result], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Request, int, Callable[[_Result], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"run-{service.plan.service}", daemon=True)
         self._thread.start()
 
-    def put(self, request: Request, done: Callable[[_Result], None]) -> None:
-        self._queue.put((request, done))
+    def put(self, request: Request, rows: int, done: Callable[[_Result], None]) -> None:
+        self._queue.put((request, rows, done))
 
     def close(self) -> None:
         self._closing = True
@@ -422,8 +426,8 @@ class _Runner:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing:
-            request, done = job
-            result = _Attempt(self._service, request, self._watch, self._stuck_ns).run()
+            request, rows, done = job
+            result = _Attempt(self._service, request, rows, self._watch, self._stuck_ns).run()
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
                 self._loop.call_soon_threadsafe(done, result)
 
@@ -457,15 +461,15 @@ def _refusal(service: Service, request: Request) -> _Result | None:
 class _Attempt:
     """One request on its way through the lineup. Touches nothing shared but `watch`, so any thread may run it."""
 
-    def __init__(self, service: Service, request: Request, watch: Watch, stuck_ns: int) -> None:
+    def __init__(self, service: Service, request: Request, rows: int, watch: Watch, stuck_ns: int) -> None:
         self._service = service
         self._request = request
+        self._rows = rows
         self._watch = watch
         self._stuck_ns = stuck_ns
         self._lineup = service.lineup  # read once: the whole request sees one order
         self._deadline_ns = service.deadline_ns(request)
         self._queue_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
-        self._rows = service.rows(request)
         self._verdict: Verdict | None = None
         self._troubles: list[_Trouble] = []
 
@@ -494,17 +498,17 @@ class _Attempt:
         if guard is None:
             return inputs
         given = inputs[guard.plan.input]
-        self._verdict = guard.check(given)
+        self._verdict = guard.check(given, self._lineup.seats[0].plan.reads if self._lineup.seats else None)
         return inputs if self._verdict.x is given else {**inputs, guard.plan.input: self._verdict.x}
 
     def _try(self, seat: Seat, feeds: Mapping[str, Array], *, behind: Seat | None) -> Mapping[str, Array] | None:
         """Outputs of one engine; None, and one more trouble, when it has none to give."""
+        began_ns = clock.monotonic_ns()
         limit_ns, late = self._limit(behind)
         try:
             raw = self._watch.run(seat.engine, feeds, limit_ns)
         except EngineFailed as error:
-            code = late if clock.monotonic_ns() > limit_ns else error.code
-            self._troubles.append(_Trouble(seat, code, str(error)))
+            self._troubles.append(self._failed_run(seat, str(error), limit_ns, late, began_ns))
             return None
         for output in seat.plan.outputs:
             array = raw[output.name]
@@ -514,19 +518,38 @@ class _Attempt:
                 return None
         return raw
 
+    def _failed_run(self, seat: Seat, text: str, limit_ns: int, late: str, began_ns: int) -> _Trouble:
+        """What a run without outputs means: its own failure, or that it was ended, and whose fault that is."""
+        now_ns, engine = clock.monotonic_ns(), seat.plan.engine
+        if now_ns <= limit_ns:
+            return _Trouble(seat, EngineFailed.code, text)
+        run_ms, rows = (now_ns - began_ns) / 1e6, f"{self._rows} row{'s' if self._rows > 1 else ''}"
+        if late != DeadlineExceeded.code:
+            return _Trouble(seat, late, f"engine '{engine}' was stuck on {rows} and ended after {run_ms:.0f} ms")
+        text = f"engine '{engine}' missed its deadline: not done with {rows} after {run_ms:.0f} ms"
+        return _Trouble(seat, late, text, blamed=not self._asks_too_much(seat, limit_ns - began_ns))
+
+    def _asks_too_much(self, seat: Seat, given_ns: int) -> bool:
+        """Whether the caller gave less time than so many rows take at the engine's normal speed.
+
+        Its normal speed is up to SLOW times that of warming, one row a run. One row within the service's own
+        deadline is never too much: an engine too slow for that should be left.
+        """
+        own = self._rows == 1 and self._request.deadline_ms is None
+        return not own and given_ns < SLOW * seat.engine.warm_us * 1e3 * self._rows
+
     def _limit(self, behind: Seat | None) -> tuple[int, str]:
         """When a run is ended, and the name of that: in time for the engine behind it, at the latest when stuck."""
         now_ns = clock.monotonic_ns()
         left_ns = self._deadline_ns - now_ns
-        reserve_ns = 0.0 if behind is None else 3e3 * behind.engine.warm_us * self._rows + 2e9 * TICK_S
+        reserve_ns = 0.0 if behind is None else SLOW * 1e3 * behind.engine.warm_us * self._rows + 2e9 * TICK_S
         due_ns = max(left_ns - reserve_ns, left_ns / 2)
         if due_ns > self._stuck_ns:
             return now_ns + self._stuck_ns, "stuck"
         return now_ns + int(due_ns), DeadlineExceeded.code
 
     def _served(self, seat: Seat, raw: Mapping[str, Array]) -> _Result:
-        plan = seat.plan
-        datatypes = {output.name: output.datatype for output in plan.outputs}
+        plan, datatypes = seat.plan, self._service.datatypes
         outcome, reason = Outcome.OK, self._lineup.reason
         if self._troubles:
             failed = self._troubles[-1]
@@ -559,6 +582,8 @@ class _Attempt:
         first = _first(self._lineup)
         if outcome is Outcome.ERROR and not self._troubles:
             first = NO_ENGINE  # nothing ran, so nothing failed: the floor that refuses was asked first
+        if self._troubles and not self._troubles[0].blamed:
+            first = NO_ENGINE  # observed as nobody's failure
         return _Result(outcome, reply, first, self._verdict, seat, raw, tuple(self._troubles), self._queue_us)
 
 

@@ -18,7 +18,7 @@ class EngineKind(StrEnum):
 class GuardPolicy(StrEnum):
     """What happens to an input that a guard finds wrong."""
 
-    REFUSE = "refuse"  # 400, nothing is run
+    REFUSE = "refuse"  # 400, nothing is run; imputed in channels the first engine does not read
     IMPUTE = "impute"  # bad numbers are replaced by the channel's reference mean
     CLIP = "clip"  # out-of-range numbers are moved to the nearest allowed one
     PASS = "pass"  # served as it is; said in the response and counted  # noqa: S105
@@ -77,7 +77,10 @@ class ViewPlan:
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """One model of a service's lineup. `model_path` and `golden_path` are empty for a floor."""
+    """One model of a service's lineup. `model_path` and `golden_path` are empty for a floor.
+
+    `reads`: the channels it looks at, None = all; a floor looks at none.
+    """
 
     engine: str
     version: int
@@ -91,6 +94,7 @@ class EnginePlan:
     views: tuple[ViewPlan, ...] = ()
     floor_outputs: dict[str, list[float]] | None = None  # one row per output
     threads: int = 1
+    reads: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ def test_a_service_becomes_plan_policy_and_monitor(artifacts: dict[str, Path]) -
     assert [plan.kind for plan in made.plan.engines] == [EngineKind.ONNX, EngineKind.ONNX, EngineKind.FLOOR]
     assert made.plan.active == made.policy.preferred == "wrist"
     assert made.plan.engines[0].views[0].width == 24
+    assert [plan.reads for plan in made.plan.engines] == [None, ("ax", "ay", "az"), ()]
     assert [output.name for output in made.plan.engines[0].outputs] == ["probability"]
     assert made.plan.guard is not None
     assert [channel.name for channel in made.plan.guard.channels] == ["ax", "ay", "az", "gx", "gy", "gz"]

@@ -194,6 +194,21 @@ def test_range_can_be_refused() -> None:
     assert "outside its allowed range in channel ay" in guard(out_of_range=GuardPolicy.REFUSE).check(x).refusal
 
 
+@pytest.mark.parametrize("policy", ["not_finite", "out_of_range"])
+def test_what_would_be_refused_is_imputed_in_channels_that_are_not_read(policy: str) -> None:
+    refusing = guard(**{policy: GuardPolicy.REFUSE})
+    bad = math.nan if policy == "not_finite" else 99.0
+    x = sound()
+    x[0, 5, 3] = bad
+    assert refusing.check(x).refusal
+    verdict = refusing.check(x, reads=("ax", "ay", "az"))
+    assert (verdict.refusal, verdict.x[0, 5, 3]) == ("", 0.0)
+    assert found(verdict) == {"not_finite" if policy == "not_finite" else "range": GX}
+    x[0, 6, 2] = bad  # and one that is read: refused, naming that one alone
+    assert refusing.check(x, reads=("ax", "ay", "az")).refusal.endswith("in channel az")
+    assert refusing.check(x, reads=()).refusal == ""
+
+
 # rms of each sound channel is 0.707; the reference says 0.5..1.0, the factor 2.5: allowed are 0.2..2.5
 RMS = {"accel": (0.5, 1.0), "gyro": (0.5, 1.0)}
 

@@ -40,7 +40,7 @@ def test_an_engine_that_answers_its_golden_inputs_wrongly_is_left_out(tmp_path: 
     plan = service_plan(engine_plan(tmp_path, "wrist", wrong=0.1), engine_plan(tmp_path, "wrist-accel"))
     lineup, reports = load_lineup(plan)
     assert order(lineup) == ["wrist-accel"]
-    assert lineup.reason == "preferred: wrist is not usable"
+    assert lineup.reason == "switched: wrist is not usable"
     assert (reports[0].golden_ok, reports[0].error_code) == (False, "golden")
     assert "golden input 0" in reports[0].error
 
@@ -99,7 +99,7 @@ def test_preferring_puts_one_first_and_leaves_the_old_lineup_alone(tmp_path: Pat
     lineup, _ = load_lineup(plan)
     switched = lineup.prefer("wrist-accel", active="wrist", reason="gyro dead")
     assert order(switched) == ["wrist-accel", "wrist", "wrist-floor"]
-    assert switched.reason == "preferred: gyro dead"
+    assert switched.reason == "switched: gyro dead"
     assert order(lineup) == ["wrist", "wrist-accel", "wrist-floor"]
     back = switched.prefer("wrist", active="wrist", reason="sensor healed")
     assert (order(back), back.reason) == (order(lineup), "active")

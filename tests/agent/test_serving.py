@@ -192,6 +192,39 @@ def test_a_run_past_its_deadline_is_ended_and_the_next_engine_answers_in_time(
     play(three(tmp_path, "slow"), ring_fd, story, inline_us=inline_us)
 
 
+@pytest.mark.parametrize(("rows", "warm_us", "blamed"), [(8, 20_000.0, False), (8, 100.0, True), (1, 20_000.0, True)])
+def test_a_deadline_too_short_for_so_many_rows_is_no_failure_of_the_engine(
+    tmp_path: Path, ring_fd: int, rows: int, warm_us: float, *, blamed: bool
+) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.lineup.seats[0].engine.warm_us = warm_us  # type: ignore[misc]
+        answer = await stage.ask(window(TOLD, rows=rows))
+        assert (answer.engine, answer.reason) == ("wrist-accel", "failover: wrist deadline_exceeded")
+        assert stage.ring.read()["first_engine"][0] == (0 if blamed else NO_ENGINE)
+        [trouble] = stage.serving.take_troubles()
+        assert trouble.text.startswith(f"engine 'wrist' missed its deadline: not done with {rows} row")
+
+    play(three(tmp_path, "slow", deadline_ms=200.0), ring_fd, story)
+
+
+def test_a_bad_value_in_a_channel_the_serving_engine_does_not_read_is_answered(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        x = window()
+        x[0, 3, 2] = math.nan
+        with pytest.raises(InvalidRequest, match="NaN or infinity in channel gx"):
+            await stage.ask(x)
+        stage.serving.prefer("wrist", "wrist-accel", "gx is not finite")
+        answer = await stage.ask(x)
+        assert (answer.engine, answer.guard) == ("wrist-accel", "not_finite:gx")
+        x[0, 3, 0] = math.nan
+        with pytest.raises(InvalidRequest, match="in channel ax"):
+            await stage.ask(x)
+
+    plan = three(tmp_path)
+    accel = replace(plan.engines[1], reads=("ax", "ay"))
+    play(replace(plan, engines=(plan.engines[0], accel, plan.engines[2])), ring_fd, story)
+
+
 def test_a_stuck_run_is_ended_long_before_a_generous_deadline(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
         answer = await stage.ask(window(TOLD), deadline_ms=600_000.0)
@@ -292,7 +325,7 @@ def test_a_preference_holds_from_the_next_request_on(tmp_path: Path, ring_fd: in
     async def story(stage: Stage) -> None:
         stage.serving.prefer("wrist", "wrist-accel", "gyro dead")
         answer = await stage.ask(window())
-        assert (answer.engine, answer.reason) == ("wrist-accel", "preferred: gyro dead")
+        assert (answer.engine, answer.reason) == ("wrist-accel", "switched: gyro dead")
         [record] = stage.ring.read()
         assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.OK, 1, 1)
         stage.serving.prefer("wrist", "wrist", "")
