@@ -147,9 +147,9 @@ def stay(console: Console, page: str) -> None:
         threading.Event().wait()
 
 
-def compress(out: Path, new_wearers: tuple[int, ...]) -> None:
+def compress(out: Path, new_wearers: tuple[int, ...], *, recipe: Path = RECIPE) -> None:
     command = [
-        sys.executable, "-m", "compressor", "compress", str(RECIPE), "--out", str(out / "artifacts"),
+        sys.executable, "-m", "compressor", "compress", str(recipe), "--out", str(out / "artifacts"),
         "--set", f"new_wearers={','.join(map(str, new_wearers))}", "--cache", str(out / "cache"),
     ]  # fmt: skip
     done = subprocess.run(command, check=False)
@@ -167,7 +167,9 @@ def compression_report(out: Path) -> dict[str, Any]:
     }
 
 
-def stage(console: Console, out: Path, new_wearers: tuple[int, ...], stack: contextlib.ExitStack) -> tuple[Any, Any]:
+def stage(
+    console: Console, out: Path, new_wearers: tuple[int, ...], stack: contextlib.ExitStack, *, recipe: Path = RECIPE
+) -> tuple[Any, Any]:
     """Start the first device's processes; returns what the chapters are told about. `stack` ends it all."""
     from agent.drift import load_reference
     from agent.engine import OnnxEngine
@@ -198,7 +200,7 @@ def stage(console: Console, out: Path, new_wearers: tuple[int, ...], stack: cont
         engine=OnnxEngine.load(active.path("model")),
         claim=load_reference(active.path("reference")).claim,
     )
-    fleet = gather(context, data, out, artifacts, new_wearers, RECIPE)
+    fleet = gather(context, data, out, artifacts, new_wearers, recipe)
     stack.callback(fleet.close)
     return context, fleet
 
