@@ -32,11 +32,18 @@ class Stage:
         self.intake = Intake([("wrist", "wrist-floor")])
         self.frames: list[tuple[int, FromWorker]] = []
         self.lost: list[tuple[int, str]] = []
+        self.refused: list[int] = []
+        self.admitted = True
         self.generations = Generations(
             [self.listener], self.intake, patience or Patience(ping_s=0.05), os.environ, first_number=1,
             on_frame=lambda number, frame: self.frames.append((number, frame)),
-            on_lost=lambda number, reason: self.lost.append((number, reason)),
+            on_lost=lambda number, reason: self.lost.append((number, reason)), admits=self._admits,
         )  # fmt: skip
+
+    def _admits(self, number: int, _ready: Ready) -> bool:
+        if not self.admitted:
+            self.refused.append(number)
+        return self.admitted
 
     def start(self) -> int:
         return self.generations.start((self.service,), max_body_bytes=1 << 20, stuck_after_s=5.0)
@@ -89,6 +96,21 @@ def test_a_new_generation_takes_over_and_the_old_one_drains() -> None:
         assert [type(frame) for _, frame in stage.frames if isinstance(frame, Ready)] == [Ready, Ready]
         await stage.until(lambda: stage.intake.statistics()["behind"] == 3)  # an answer is sent before it is noted
         assert len(stage.intake.read()[0]) == 3
+
+    play(story)
+
+
+def test_one_that_is_not_admitted_ends_and_the_present_one_stays() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        stage.admitted = False
+        stage.start()
+        await stage.until(lambda: stage.refused == [2] and len(stage.generations._tasks) == 1)
+        assert stage.generations.current is not None
+        assert stage.generations.current.number == 1
+        assert await stage.ask() == "wrist"
+        assert stage.lost == []
 
     play(story)
 

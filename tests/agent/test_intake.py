@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -70,4 +72,35 @@ def test_overwritten_observations_are_counted_once(plans) -> None:
     assert intake.statistics()["gaps"] == 6
     assert np.all(np.diff(records["sequence"]) == 1)
     writer.close()
+    intake.close_all()
+
+
+def test_what_waits_is_taken_in_by_a_bounded_number_of_reads(plans) -> None:
+    intake = Intake([LINEUP], slots=4096)
+    assert intake.reads_behind() == 1
+    writer = RingWriter(intake.open(plans(1, LINEUP)))
+    for _ in range(5000):  # more than there are slots
+        writer.write(Observation(arrival_ns=1))
+    assert intake.reads_behind() == 5
+    writer.close()
+    intake.close(1)
+    assert sum(len(intake.read()[0]) for _ in range(intake.reads_behind())) == 4096
+    assert intake.statistics()["rings"] == 0
+    intake.close_all()
+
+
+def test_what_a_replaced_engine_still_answers_counts_as_answered_by_none(plans, tmp_path) -> None:
+    intake = Intake([LINEUP], slots=16)
+    old = RingWriter(intake.open(plans(1, LINEUP)))
+    successor = replace(engine_plan(tmp_path / "new", "wrist", version=2), digest="2" * 64)
+    new = RingWriter(intake.open(WorkerPlan(2, (service_plan(successor, floor_plan()),))))
+    intake.renumber([(successor, floor_plan())])
+    for writer in (old, new):
+        writer.write(Observation(arrival_ns=1, engine=0, first_engine=0))
+        writer.write(Observation(arrival_ns=1, engine=2 if writer is old else 1, first_engine=0))
+    records, _ = intake.read()
+    assert records["engine"].tolist() == [NO_ENGINE, 1, 0, 1]  # the floor is the same one
+    assert records["first_engine"].tolist() == [NO_ENGINE, NO_ENGINE, 0, 0]
+    for writer in (old, new):
+        writer.close()
     intake.close_all()

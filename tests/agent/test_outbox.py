@@ -184,3 +184,43 @@ def test_every_message_is_waiting_or_accounted_for(
     assert totals["bytes"] == sum(row.size_bytes for row in take(outbox)) <= MAX_BYTES
     assert ROW_OVERHEAD_BYTES > 0
     store.close()
+
+
+def test_once_a_host_is_followed_a_message_stays_until_that_host_has_it(store: FullDisk) -> None:
+    outbox = make(store)
+    outbox.follow_host()
+    for _ in range(4):
+        put(outbox)
+    rows = take(outbox)
+    for row in rows[:3]:
+        outbox.settle(row)
+    assert [row.seq for row in take(outbox)] == [4]  # the broker has the others
+    assert outbox.unsent() == 1
+    outbox.acknowledge({"b1": 2, "another": 99})
+    assert outbox.statistics()["rows"] == 2
+    outbox.acknowledge({"b1": 99})  # what was not sent yet is not forgotten, whoever says so
+    assert [row.seq for row in take(outbox)] == [4]
+    assert outbox.statistics()["taken"] == 0
+
+
+def test_what_the_host_has_not_acknowledged_is_sent_again_with_the_next_connection(store: FullDisk) -> None:
+    outbox = make(store)
+    outbox.follow_host()
+    put(outbox)
+    outbox.settle(take(outbox)[0])
+    assert take(outbox) == []
+    outbox.send_again()
+    assert [row.seq for row in take(outbox)] == [1]
+
+
+def test_a_full_disk_does_not_lose_an_acknowledgement(store: FullDisk) -> None:
+    outbox = make(store)
+    outbox.follow_host()
+    put(outbox)
+    outbox.settle(take(outbox)[0])
+    store.full = True
+    outbox.acknowledge({"b1": 1})
+    store.full = False
+    outbox.send_again()
+    assert take(outbox) == []
+    assert outbox.statistics()["rows"] == 0

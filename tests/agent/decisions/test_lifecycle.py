@@ -546,3 +546,24 @@ def _settle(walk: Walk) -> None:
         else:
             walk.tell(Tick(), after_s=walk.limits.max_rest_s)
     raise AssertionError(f"still {walk.state}")
+
+
+@pytest.mark.parametrize(
+    ("window_s", "hour", "opens"),
+    [((7200.0, 14400.0), 1, False), ((7200.0, 14400.0), 3, True), ((82800.0, 7200.0), 23, True),
+     ((82800.0, 7200.0), 1, True), ((82800.0, 7200.0), 12, False), (None, 12, True)],
+)  # fmt: skip
+def test_what_is_staged_waits_for_its_window(
+    window_s: tuple[float, float] | None,
+    hour: int,
+    opens: bool,  # noqa: FBT001 - what the table says
+) -> None:
+    now_s = 20_000 * 86_400.0 + hour * 3600.0
+    life = Lifecycle(Limits(window_s=window_s), Update(installed=FACTORY))
+    commands: tuple[UpdateCommand, ...] = life.handle(DesiredArrived(target(1)), now_s)
+    while isinstance(commands[-1], Fetch | Verify):
+        commands = life.handle(StepDone(commands[-1].ticket), now_s)
+    assert life.update.state is (State.SELFTEST if opens else State.STAGED)
+    if window_s is not None and not opens:
+        life.handle(Tick(), now_s - now_s % 86_400.0 + window_s[0] + 86_400.0)
+        assert life.update.state is State.SELFTEST
