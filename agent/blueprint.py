@@ -60,12 +60,19 @@ def draw_up(config: AgentConfig, chosen: Mapping[str, Sequence[Path]] | None = N
     those that bring none.
 
     Raises:
-        ArtifactError: a service has no model left that could answer; says what is wrong with its first.
+        ArtifactError: some service has no model left that could answer; says what is wrong with each artifact.
     """
-    return tuple(
-        _service(config, section, index, (chosen or {}).get(section.name) or configured_folders(section))
-        for index, section in enumerate(config.service)
-    )
+    made: list[Blueprint] = []
+    faults: list[ArtifactError] = []
+    for index, section in enumerate(config.service):
+        try:
+            folders = (chosen or {}).get(section.name) or configured_folders(section)
+            made.append(_service(config, section, index, folders))
+        except ArtifactError as error:
+            faults.append(error)
+    if faults:
+        raise type(faults[0])("; ".join(str(fault) for fault in faults), hint=faults[0].hint)
+    return tuple(made)
 
 
 def configured_folders(section: ServiceSection) -> tuple[Path, ...]:
@@ -108,7 +115,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         name=section.name,
         artifacts=tuple(artifacts),
         plan=plan,
-        policy=_policy(config, section.name, _card(artifacts, groups)),
+        policy=_policy(config, section.name, _card(artifacts, groups), _missing(folders, artifacts)),
         monitor=monitor,
         reference=reference if view else None,
         problems=tuple(problems),
@@ -127,8 +134,9 @@ def _open_all(section: ServiceSection, folders: Sequence[Path]) -> tuple[list[Ar
         except ArtifactError as error:
             faults.append(error)
     if not any(artifact.manifest.kind == "onnx" for artifact in sound):
-        fault = faults[0] if faults else Incompatible(f"service '{section.name}' has a floor but no model")
-        raise type(fault)(f"service '{section.name}' has no usable model: {fault}", hint=fault.hint)
+        first = faults[0] if faults else Incompatible("it has a floor but no model")
+        every = "; ".join(str(fault) for fault in faults or [first])
+        raise type(first)(f"service '{section.name}' has no usable model: {every}", hint=first.hint)
     models = [artifact for artifact in sound if artifact.manifest.kind == "onnx"]
     floors = [artifact for artifact in sound if artifact.manifest.kind != "onnx"] or _own_floor(section, sound)
     return [*models, *floors], [
@@ -248,7 +256,13 @@ def _card(artifacts: Iterable[Artifact], groups: dict[str, str]) -> Card:
     )
 
 
-def _policy(config: AgentConfig, service: str, card: Card) -> ServicePolicy:
+def _missing(folders: Sequence[Path], artifacts: Sequence[Artifact]) -> str:
+    if folders[0] == artifacts[0].folder:
+        return ""
+    return f"the active artifact {folders[0]} cannot be used, {artifacts[0].manifest.name} takes its place"
+
+
+def _policy(config: AgentConfig, service: str, card: Card, missing: str) -> ServicePolicy:
     fallback = config.fallback
     return ServicePolicy(
         service=service,
@@ -256,4 +270,5 @@ def _policy(config: AgentConfig, service: str, card: Card) -> ServicePolicy:
         limits=Limits(fallback.dwell_s, fallback.probation_s, fallback.max_dwell_s),
         failures=fallback.failures,
         of_last=fallback.of_last,
+        missing=missing,
     )

@@ -132,6 +132,7 @@ def status(policy: ServicePolicy, state: ServiceState, now_s: float, *, worker: 
     return {
         "serving": stay.engine,
         "preferred": policy.preferred,
+        "missing": policy.missing,
         "phase": stay.phase.value,
         "why": stay.why,
         "reason": stay.reason,

@@ -49,7 +49,10 @@ MAX_STEPS = 4  # pin -> release -> trouble -> the next; more moves in one event 
 
 @dataclass(frozen=True, slots=True)
 class ServicePolicy:
-    """Engines and card in lineup order, the preferred first. `failures` of the last `of_last` requests bench one."""
+    """Engines and card in lineup order, the preferred first. `failures` of the last `of_last` requests bench one.
+
+    `missing`: a sentence about a better model that is configured and cannot be used; "" = all are here.
+    """
 
     service: str
     card: Card
@@ -60,6 +63,7 @@ class ServicePolicy:
     settle_s: float = DEFAULT_SETTLE_S
     settle_requests: int = DEFAULT_SETTLE_REQUESTS
     switching: frozenset[AlarmKind] = SWITCHING
+    missing: str = ""
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -373,6 +377,7 @@ def complaints(policy: ServicePolicy, state: ServiceState, now_s: float, *, work
     return [
         *(["the worker keeps crashing"] if worker == "loop" else ["the worker was lost"] if worker == "lost" else []),
         *(["no engine is loaded"] if state.usable == () else []),
+        *([policy.missing] if policy.missing else []),
         *([bench.why] if bench and now_s < bench.until_s and stay.phase is not Phase.PINNED else []),
         *([f"only the floor answers ({stay.reason})"] if _on_floor(policy, state) else []),
         *(alarm.text or f"{alarm.fault.sentence()}" for alarm in state.alarms),

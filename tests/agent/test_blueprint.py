@@ -8,7 +8,8 @@ from agent.config import AgentConfig
 from agent.contract.artifact import MANIFEST, parse_manifest
 from agent.contract.errors import ArtifactError
 from agent.contract.plan import EngineKind, GuardPolicy
-from agent.decisions.events import AlarmKind
+from agent.decisions.events import AgentStarted, AlarmKind, EngineServed, WorkerReady
+from agent.decisions.supervisor import Supervisor
 
 
 def configure(artifacts: dict[str, Path], **changes: object) -> AgentConfig:
@@ -73,13 +74,32 @@ def test_a_damaged_artifact_is_left_out_while_another_model_can_answer(
     (made,) = draw_up(configure(artifacts, service={"artifact": bad}))
     assert made.policy.preferred == "wrist-accel"
     assert "does not match the digest" in made.problems[0]
+    assert made.policy.missing == f"the active artifact {bad} cannot be used, wrist-accel takes its place"
 
 
-def test_without_any_sound_model_the_first_fault_is_told(artifacts: dict[str, Path], tmp_path: Path) -> None:
-    bad = damaged(artifacts["wrist"], tmp_path / "bad")
-    with pytest.raises(ArtifactError, match=r"service 'wrist' has no usable model: .*digest") as caught:
-        draw_up(configure(artifacts, service={"artifact": bad, "fallbacks": []}))
-    assert caught.value.exit_code == 4
+def test_a_service_without_its_configured_active_model_is_degraded_and_says_so(
+    artifacts: dict[str, Path], tmp_path: Path
+) -> None:
+    (made,) = draw_up(configure(artifacts, service={"artifact": tmp_path / "none"}))
+    supervisor = Supervisor([made.policy])
+    for event in (AgentStarted(), WorkerReady(1, {"wrist": ("wrist-accel", "wrist-floor")})):
+        supervisor.handle(event, 0.0)
+    supervisor.handle(EngineServed("wrist", "wrist-accel", 5), 100.0)
+    status = supervisor.status("wrist")
+    assert (status["serving"], status["health"], status["complaints"]) == (
+        "wrist-accel", "degraded", [made.policy.missing]
+    )  # fmt: skip
+
+
+def test_without_any_sound_model_every_fault_is_told(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    bad, none = damaged(artifacts["wrist"], tmp_path / "bad"), tmp_path / "none"
+    only = {"artifact": bad, "fallbacks": [none], "floor": ""}
+    with pytest.raises(ArtifactError, match=r"service 'wrist' has no usable model: .*digest.*; cannot read") as told:
+        draw_up(configure(artifacts, service=only))
+    assert told.value.exit_code == 4
+    both = [only | {"name": "one"}, {"name": "two", "artifact": none}]
+    with pytest.raises(ArtifactError, match=r"service 'one' has no .*service 'two' has no usable model"):
+        draw_up(AgentConfig.model_validate({"service": both}))
 
 
 def test_siblings_that_do_not_fit_are_left_out(artifacts: dict[str, Path], tmp_path: Path) -> None:
