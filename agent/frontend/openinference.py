@@ -79,7 +79,8 @@ class OpenInference:
 
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path.partition("?")[0].rstrip("/")
-        match [unquote(part) for part in path.split("/")[1:]]:
+        parts = path.split("/")[1:]
+        match [unquote(part) for part in parts] if "%" in path else parts:
             case ["v2", "models", model, "infer"]:
                 self._infer(request, reply, model, "")
             case ["v2", "models", model, "versions", version, "infer"]:

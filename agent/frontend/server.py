@@ -332,12 +332,12 @@ class Connection(asyncio.Protocol):
         if not (length.isascii() and length.isdigit()):
             self._stop(400, "the Content-Length is not a number")
         self._size = int(length)
-        if self._size > self._server.max_body_bytes:
-            self._stop(413, f"the body has {self._size} bytes, at most {self._server.max_body_bytes} are accepted")
         json_bytes, most = _json_bytes(headers, self._size), self._server.max_json_bytes
         if json_bytes > most:
             text = f"the request has {json_bytes} bytes of JSON, at most {most} are accepted"
             self._stop(413, f"{text}. Send the tensors as binary data.")
+        if self._size > self._server.max_body_bytes:
+            self._stop(413, f"the body has {self._size} bytes, at most {self._server.max_body_bytes} are accepted")
         if not self._server.reserve(self._size):
             self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
         self._reserved_bytes = self._size
