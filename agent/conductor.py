@@ -108,6 +108,7 @@ class Conductor:
         )
         self._window_from_s = wall_s()
         self._start_timer: asyncio.TimerHandle | None = None
+        self._next_read: asyncio.Handle | None = None
         self._stopping = False
         self._unsaved: dict[str, Any] | None = None
         self._usable: dict[str, tuple[str, ...]] = {}
@@ -149,7 +150,9 @@ class Conductor:
         if self._start_timer:
             self._start_timer.cancel()
         await self.generations.stop()
-        self.read_observations()
+        if self._next_read:
+            self._next_read.cancel()
+        self._read_what_waits()
         self.save_monitors()
         self._save(self._parts.supervisor.state())
         self.send_telemetry()
@@ -168,14 +171,26 @@ class Conductor:
 
     # --- beats ----------------------------------------------------------------------------------------------
     def read_observations(self) -> None:
-        while True:
-            records, gaps = self._parts.intake.read()
-            for part in self.clock.slices(records):
-                for monitor in self._parts.monitors.values():
-                    self._handle_all(monitor.observe(part, gaps=gaps))
-                gaps = 0
-            if not len(records):
-                return
+        """One bounded read; while more waits the next follows after whatever else the loop has to do."""
+        self._read_once()
+        if self._next_read is None and self._parts.intake.statistics()["behind"]:
+            self._next_read = asyncio.get_running_loop().call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        self._next_read = None
+        self.read_observations()
+
+    def _read_what_waits(self) -> None:
+        """Everything that was written before this call; what comes meanwhile waits for the next beat."""
+        for _ in range(self._parts.intake.reads_behind()):
+            self._read_once()
+
+    def _read_once(self) -> None:
+        records, gaps = self._parts.intake.read()
+        for part in self.clock.slices(records):
+            for monitor in self._parts.monitors.values():
+                self._handle_all(monitor.observe(part, gaps=gaps))
+            gaps = 0
 
     def tick(self) -> None:
         current = self.generations.current
@@ -339,7 +354,7 @@ class Conductor:
         """The comer takes over: from here on its equipment is what is watched and decided about."""
         if self._start_timer:
             self._start_timer.cancel()
-        self.read_observations()
+        self._read_what_waits()
         self.send_telemetry()  # windows never span two references
         parts, before = self._parts, self._parts.equipment
         after = succeed(before, change.selection, change.blueprints)
@@ -428,7 +443,7 @@ class Conductor:
             self._comer_lost(change, reason)
             return
         self._parts.journal.error("worker.lost", f"worker {number} is gone: {reason}", generation=number)
-        self.read_observations()  # what it did before it ended
+        self._read_what_waits()  # what it did before it ended
         if not self._stopping:
             self.handle(WorkerLost(number, reason))
             self.steering.worker_lost(reason)

@@ -76,6 +76,11 @@ class Intake:
         self._gaps += lost
         return (np.concatenate(parts) if parts else np.empty(0, RECORD)), lost
 
+    def reads_behind(self) -> int:
+        """How many calls of `read` take in what waits now, and let go of the rings that have ended. Bounded."""
+        behind = [min(source.reader.statistics()["behind"], self._slots) for source in self._sources.values()]
+        return -(-max(behind, default=0) // READ_AT_ONCE) + 1
+
     def statistics(self) -> dict[str, int]:
         """`read`, `gaps` (lost by overwriting), `behind` (waiting to be read)."""
         behind = sum(source.reader.statistics()["behind"] for source in self._sources.values())

@@ -17,7 +17,6 @@ Holds no I/O and no clock; leaves all decisions to `agent.decisions`. Mutable, o
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -40,7 +39,8 @@ from agent.decisions.events import (
     Level,
 )
 from agent.drift import Finding, FixedPoint, GuardCounters, MomentWindow, Reference, RegimeMonitor
-from agent.drift.counters import CLEAR_ROWS
+from agent.drift.counters import HISTORY_ROWS
+from agent.drift.thinning import Allowance, Repetition
 from agent.observation import NO_ENGINE, Outcome
 from agent.sketch import DEFAULT_RELATIVE_ERROR, LogSketch
 
@@ -52,8 +52,13 @@ PERSISTED_ROWS: Final = 64
 section 4: what is open for 64 windows without harm is a lasting change, not a passing one)."""
 DRIFT_ROWS_PER_S: Final = 4000.0
 """Rows the regime monitor follows at most, about a fifth of a core (45 us a row, drift-wrist.md section 6). Above it
-every k-th row is followed and the others are counted as thinned; guards and drift windows still see every row."""
+every k-th row is followed and the others are counted as thinned; drift windows still see every row."""
 DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: two seconds' worth
+GUARD_ROWS_PER_S: Final = 4000.0
+"""Rows with changing guard bits that are followed at most, a tenth of a core (20 us a row). Above it the older ones
+of a batch are skipped, counted: thinning would make a run of what is none. Rows that repeat the last ones cost
+nothing and are never skipped."""
+GUARD_ROWS_AT_ONCE: Final = 8192
 BITS: Final = {
     "dead": "dead_bits",
     "stuck": "stuck_bits",
@@ -92,14 +97,12 @@ class Monitor:
         self._serving = plan.engines[0]
         self._budget = LatencyBudget(plan.latency_p95_us) if plan.latency_p95_us > 0 else None
         self._guards = GuardCounters(plan.channels, dict(plan.groups))
-        self._quiet_rows = CLEAR_ROWS
-        self._first_odd: dict[str, int] = {}
+        self._repetition = Repetition(HISTORY_ROWS, len(BITS))
+        self._guard_rows = Allowance(GUARD_ROWS_PER_S, GUARD_ROWS_AT_ONCE)
         self._regimes = RegimeMonitor(reference) if reference else None
         self._digest = reference.digest() if reference else ""
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
-        self._rows = 0
-        self._credit_rows = float(DRIFT_ROWS_AT_ONCE)
-        self._newest_ns = 0
+        self._drift_rows = Allowance(DRIFT_ROWS_PER_S, DRIFT_ROWS_AT_ONCE)
         self._totals: Counter[str] = Counter()
         self._lifetime = {engine: LogSketch(plan.relative_error) for engine in plan.engines}
         self._start_window()
@@ -167,7 +170,7 @@ class Monitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; parts that belong to other channels or another reference start anew."""
         if self._guards.restore(state.get("guards") or {}):
-            self._quiet_rows = 0
+            self._repetition.forget()
         if self._regimes and state.get("regimes"):
             self._regimes.restore(state["regimes"])
 
@@ -242,16 +245,15 @@ class Monitor:
 
     # --- sensors and the world ---
     def _guard_events(self, judged: Records) -> Iterator[Event]:
-        columns = zip(*(judged[field].tolist() for field in BITS.values()), strict=True)
-        for values in columns:
-            self._rows += 1
-            bits = dict(zip(BITS, values, strict=True))
-            self._quiet_rows = 0 if any(values) else self._quiet_rows + 1
-            if self._quiet_rows > CLEAR_ROWS:
-                continue  # every history is empty and nothing is raised: the row changes nothing
-            for name, value in bits.items():
-                self._first_odd[name] = self._first_odd.get(name, self._rows) if value else self._rows + 1
-            for finding in self._guards.update(**bits):
+        bits = np.stack([judged[field] for field in BITS.values()], axis=1)
+        news = self._repetition.news(bits)
+        rows = bits[news]
+        followed = rows[self._guard_rows.newest(len(rows), judged["arrival_ns"])]
+        if len(followed) < len(rows):
+            self._count("rows_unguarded", len(rows) - len(followed))
+            self._repetition.forget()
+        for values in followed.tolist():
+            for finding in self._guards.update(**dict(zip(BITS, values, strict=True))):
                 yield self._alarm(finding)
 
     def _drift_events(self, judged: Records) -> Iterator[Event]:
@@ -265,7 +267,7 @@ class Monitor:
         self._moments = self._moments.add(features, viewed["predicted"], counted)
         first = self._span[0] if self._span else int(judged["sequence"][0])
         self._span = (first, int(judged["sequence"][-1]))
-        followed = self._follow(viewed)
+        followed = self._drift_rows.thin(len(viewed), viewed["arrival_ns"])
         self._count("rows_thinned", len(viewed) - len(viewed[followed]))
         for row, predicted in zip(features[followed], viewed["predicted"][followed].tolist(), strict=True):
             finding = self._regimes.update(row, predicted)
@@ -281,18 +283,6 @@ class Monitor:
         return DriftPersists(
             self._plan.service, PERSISTED_ROWS, channels, open_guards, regimes.single_channel(), self._digest
         )
-
-    def _follow(self, viewed: Records) -> slice:
-        """Which rows the regime monitor sees; a credit that grows with the arrival times pays for them."""
-        newest_ns = int(viewed["arrival_ns"].max(initial=self._newest_ns))
-        gained_rows = (newest_ns - self._newest_ns) * 1e-9 * DRIFT_ROWS_PER_S
-        self._newest_ns = newest_ns
-        self._credit_rows = min(self._credit_rows + gained_rows, DRIFT_ROWS_AT_ONCE)
-        if self._credit_rows < 1.0:
-            return slice(0)
-        step = max(1, math.ceil(len(viewed) / self._credit_rows))
-        self._credit_rows -= -(-len(viewed) // step)
-        return slice(None, None, step)
 
     def _odd_rows(self, judged: Records) -> Counter[str]:
         """Rows that were odd, by the names a drift window uses; a whole group has one scale."""
@@ -314,17 +304,10 @@ class Monitor:
         if not finding.raised:
             return AlarmCleared(service, kind, finding.channels)
         numbers = {name: float(value) for name, value in finding.numbers.items()}
-        numbers |= self._delay(finding)
+        if "rows_since_change" in numbers:  # from the first odd row to the alarm, both counted
+            numbers["delay_windows"] = numbers["rows_since_change"]
         level = Level.BROKEN_INPUT if kind in BROKEN_INPUT else Level.DRIFT
         return AlarmRaised(service, kind, level, finding.channels, text=finding.text, numbers=numbers)
-
-    def _delay(self, finding: Finding) -> dict[str, float]:
-        """Rows from the first odd one to the alarm, both counted; empty when unknown."""
-        if finding.kind == AlarmKind.DRIFT:
-            rows = finding.numbers.get("rows_since_change")
-            return {} if rows is None else {"delay_windows": float(rows)}
-        first = self._first_odd.get("out_of_range" if finding.kind == AlarmKind.RANGE else finding.kind)
-        return {} if first is None or first > self._rows else {"delay_windows": float(self._rows - first + 1)}
 
     # --- telemetry ---
     def _latency_fields(self) -> list[dict[str, Any]]:

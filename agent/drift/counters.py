@@ -28,7 +28,10 @@ class _Rule:
     text: str
 
     def fires(self, history: int) -> bool:
-        return (history & ((1 << self.within) - 1)).bit_count() >= self.needed
+        return self.recent(history).bit_count() >= self.needed
+
+    def recent(self, history: int) -> int:
+        return history & ((1 << self.within) - 1)
 
 
 RULES: Final = {
@@ -106,7 +109,9 @@ class GuardCounters:
             )
             self._raised[kind] = now
             if now != before:
-                yield _finding(kind, rule, now, before)
+                joined = (rows for name, rows in zip(self._channels, history, strict=True) if name not in before)
+                since = max((rule.recent(rows).bit_length() for rows in joined if rule.fires(rows)), default=0)
+                yield _finding(kind, rule, now, before, since)
 
     def _groups_of(self, bits: int) -> int:
         groups = 0
@@ -116,10 +121,12 @@ class GuardCounters:
         return groups
 
 
-def _finding(kind: str, rule: _Rule, now: tuple[str, ...], before: tuple[str, ...]) -> Finding:
+def _finding(kind: str, rule: _Rule, now: tuple[str, ...], before: tuple[str, ...], since: int) -> Finding:
+    """`since`: rows from the first odd one of the channels that joined, 0 = none joined."""
     if now:
+        numbers = {"rows": float(rule.needed), **({"rows_since_change": float(since)} if since else {})}
         return Finding(
-            kind=kind, raised=True, channels=now, numbers={"rows": float(rule.needed)},
+            kind=kind, raised=True, channels=now, numbers=numbers,
             text=f"{', '.join(now)} {rule.text}",
         )  # fmt: skip
     return Finding(

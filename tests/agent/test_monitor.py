@@ -22,7 +22,15 @@ from agent.decisions.events import (
 )
 from agent.drift import MomentWindow, Reference
 from agent.drift.counters import CLEAR_ROWS
-from agent.monitor import DRIFT_ROWS_AT_ONCE, DRIFT_ROWS_PER_S, DeviceMonitor, Monitor, MonitorPlan
+from agent.monitor import (
+    DRIFT_ROWS_AT_ONCE,
+    DRIFT_ROWS_PER_S,
+    GUARD_ROWS_AT_ONCE,
+    GUARD_ROWS_PER_S,
+    DeviceMonitor,
+    Monitor,
+    MonitorPlan,
+)
 from agent.observation import NO_ENGINE, RECORD, Observation, Outcome, RingReader, RingWriter, create_ring
 from agent.sketch import LogSketch
 from compressor.reference import build_reference
@@ -198,6 +206,52 @@ def test_a_channel_dead_for_three_windows_is_named_once_with_its_delay_and_clear
     assert alarms(watched.observe(records(CLEAR_ROWS - 1))) == []
     assert alarms(watched.observe(records(1))) == [AlarmCleared("wrist", AlarmKind.DEAD, ("gx",))]
     assert alarms(watched.observe(records(100))) == []
+
+
+def delays(watched: Monitor, batch: np.ndarray) -> list[float | None]:
+    return [alarm.numbers.get("delay_windows") for alarm in alarms(watched.observe(batch))]  # type: ignore[union-attr]
+
+
+def test_the_delay_counts_from_the_first_odd_row_of_this_fault_not_of_an_older_one() -> None:
+    watched = monitor()
+    assert delays(watched, np.concatenate([records(2, dead_bits=1), records(490)])) == []
+    assert delays(watched, records(3, dead_bits=1)) == [3.0]
+
+
+def test_a_clean_row_in_between_does_not_hide_the_first_odd_one() -> None:
+    bits = np.array([1, 0, 1, 0, 0, 1], np.uint64)
+    assert delays(monitor(), records(6, range_bits=bits)) == [6.0]
+
+
+def test_of_a_fault_that_lasts_only_the_rows_that_change_something_are_followed() -> None:
+    watched = monitor()
+    batch = records(DRIFT_ROWS_AT_ONCE, dead_bits=1)
+    found = [event for _ in range(20) for event in alarms(watched.observe(batch))]
+    assert len(found) == 1
+    assert "rows_unguarded" not in watched.statistics()["counters"]
+
+
+def test_guard_bits_that_change_all_the_time_are_followed_at_a_bounded_rate() -> None:
+    watched = monitor()
+    flicker = np.arange(1000) % 2 * 4
+    for tick in range(40):  # 1000 rows every 50 ms: 20,000 a second
+        watched.observe(records(1000, range_bits=flicker.astype(np.uint64), arrival_ns=tick * 50_000_000))
+    skipped = watched.statistics()["counters"]["rows_unguarded"]
+    assert 40_000 - skipped == pytest.approx(GUARD_ROWS_AT_ONCE + GUARD_ROWS_PER_S * 39 * 0.05, rel=0.05)
+    assert watched.statistics()["guards"] == {"range": ["gx"]}
+    watched.observe(records(8, arrival_ns=10**11))
+    assert watched.statistics()["guards"] == {}
+
+
+def test_skipped_rows_do_not_hide_a_fault_that_stays() -> None:
+    watched = monitor()
+    rng = np.random.default_rng(3)
+    while "rows_unguarded" not in watched.statistics()["counters"]:  # until the allowance is spent
+        watched.observe(records(1000, range_bits=rng.integers(0, 64, 1000).astype(np.uint64)))
+    watched.observe(records(100, dead_bits=1))
+    (alarm,) = [one for one in alarms(watched.observe(records(100, dead_bits=1, arrival_ns=10**9)))
+                if isinstance(one, AlarmRaised)]  # fmt: skip
+    assert (alarm.kind, alarm.channels) == (AlarmKind.DEAD, ("ax",))
 
 
 @pytest.mark.parametrize(

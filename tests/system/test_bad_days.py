@@ -1,5 +1,6 @@
 """What goes wrong on real devices: each a clear sentence, a documented exit code, nothing lost, no traceback."""
 
+import contextlib
 import os
 import shutil
 import socket
@@ -11,8 +12,8 @@ import pytest
 
 from agent.client import Client
 from agent.store import Store
-from tests.artifacts import record
-from tests.system.conftest import Agent, wait_until
+from tests.artifacts import gyro_off, record
+from tests.system.conftest import Agent, Load, wait_until
 
 pytestmark = pytest.mark.system
 
@@ -68,7 +69,7 @@ def test_a_typo_in_the_configuration_names_the_nearest_key(agent: Agent) -> None
     code, text = refused(agent)
     assert code == 2
     assert "unknown key 'fallback.dwel_s'" in text
-    assert "did you mean 'dwell_s'?" in text
+    assert "did you mean 'dwell_s'" in text
     assert agent.command("check-config").returncode == 2
 
 
@@ -172,3 +173,24 @@ def test_status_without_an_agent_says_how_to_start_one(agent: Agent) -> None:
         assert done.returncode == 9
         assert "edgewarden-agent run" in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_clients_that_send_batches_without_pause_leave_the_agent_time_for_everything_else(agent: Agent) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(agent.folder / "notify.sock"))
+        agent.write("[worker]\nmissed_pings = 10")  # few cores: the worker may be slow, the agent not
+        agent.spawn(environment={"NOTIFY_SOCKET": str(agent.folder / "notify.sock")})
+        wait_until(lambda: agent.admin.exists() and agent._serves(), "the agent serves")
+        with Load(agent.address, gyro_off(record(seed=9).windows[:64])) as load:
+            wait_until(lambda: load.answered >= 50, "the clients are at work")
+            with contextlib.suppress(BlockingIOError):
+                while manager.recv(4096, socket.MSG_DONTWAIT):
+                    pass  # signs of life from before
+            manager.settimeout(20)
+            signs = 0
+            while signs < 5:
+                signs += b"WATCHDOG=1" in manager.recv(4096)
+            assert agent.status()["worker"]["generation"] == 1
+    assert not load.failed
+    wait_until(lambda: agent.status()["ring"]["behind"] == 0, "all is read")
+    assert agent.service()["guards"]

@@ -84,7 +84,8 @@ def test_numbers_that_are_not_finite_explain_everything_else() -> None:
 def test_a_finding_reads_without_its_numbers() -> None:
     ours = counters()
     found = [finding for _ in range(3) for finding in ours.update(dead=GX)]
-    assert found == [Finding("dead", raised=True, channels=("gx",), numbers={"rows": 3.0}, text="gx no longer moves")]
+    numbers = {"rows": 3.0, "rows_since_change": 3.0}
+    assert found == [Finding("dead", raised=True, channels=("gx",), numbers=numbers, text="gx no longer moves")]
 
 
 BITS = st.fixed_dictionaries(
