@@ -183,6 +183,8 @@ class Outbox:
 
     def _make_room(self, row: Row) -> bool:
         """Drop what is less or equally important and older, least important first. False: `row` must go."""
+        if row.size_bytes > self._max_bytes:
+            return False  # no room would do
         while self._bytes + row.size_bytes > self._max_bytes:
             try:
                 victims = self._store.least_important(16, down_to=row.priority)

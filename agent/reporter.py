@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from agent import VERSION
 from agent.clock import wall_s
-from agent.contract.messages import FORMAT, Birth, Event, Reported, Status, Telemetry
+from agent.contract.messages import FORMAT, MAX_MESSAGE_BYTES, Birth, Event, Reported, Status, Telemetry
 from agent.contract.topics import Topics
 from agent.decisions.events import Publish
 from agent.link import Link
@@ -22,6 +22,8 @@ from agent.sensors.device import DeviceInfo
 
 CAPABILITIES = ("serve", "drift", "fallback", "guard", "power", "outbox")  # of every agent
 MAX_TEXT = 500
+MAX_PARTS = 64  # drift windows or sketches in one telemetry message: a host takes no more
+HEAD_BYTES = 1024  # what stands around the fields of a telemetry message, generously
 
 
 class Reporter:
@@ -31,7 +33,7 @@ class Reporter:
         self._topics = topics
         self._outbox = outbox
         self._link = link
-        self._counts = dict.fromkeys(("events", "telemetry"), 0)
+        self._counts = dict.fromkeys(("events", "telemetry", "parts_left_out"), 0)
 
     def presence(self, state: Literal["online", "offline"], reason: str) -> None:
         document = Status(device=self._topics.device, boot=self._outbox.boot, state=state, reason=reason, at=wall_s())
@@ -94,19 +96,26 @@ class Reporter:
         self._counts["events"] += 1
 
     def telemetry(self, *, from_s: float, to_s: float, fields: Mapping[str, Any]) -> None:
-        """Queue one window; `fields` as in `messages.Telemetry`."""
-
-        def build(seq: int) -> bytes:
-            message = {"device": self._topics.device, "boot": self._outbox.boot, "seq": seq, "at": to_s}
-            return Telemetry.model_validate({**message, "from_s": from_s, "to_s": to_s, **_finite(fields)}).encode()
-
-        self._queue(Priority.TELEMETRY, self._topics.telemetry, build, to_s)
-        self._counts["telemetry"] += 1
+        """Queue one window; `fields` as in `messages.Telemetry`. What a message cannot hold becomes several, the last
+        with the counters and gauges; a part too large for any is left out and counted.
+        """
+        messages, left_out = _messages(_finite(fields))
+        self._counts["parts_left_out"] += left_out
+        for part in messages:
+            self._telemetry({**part, "from_s": from_s, "to_s": to_s}, at=to_s)
 
     def statistics(self) -> dict[str, int]:
         return dict(self._counts)
 
     # --- inside ---------------------------------------------------------------------------------------------
+    def _telemetry(self, fields: Mapping[str, Any], *, at: float) -> None:
+        def build(seq: int) -> bytes:
+            message = {"device": self._topics.device, "boot": self._outbox.boot, "seq": seq, "at": at}
+            return Telemetry.model_validate({"counters": {}, **message, **fields}).encode()
+
+        self._queue(Priority.TELEMETRY, self._topics.telemetry, build, at)
+        self._counts["telemetry"] += 1
+
     def _announce(self, topic: str, body: bytes) -> None:
         if self._link is not None:
             self._link.announce(topic, body)
@@ -127,6 +136,32 @@ def add_up(parts: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
         latency += part["latency"]
         drift += part["drift"]
     return {"counters": counters, "latency": latency, "drift": drift}
+
+
+def _messages(fields: Mapping[str, Any]) -> tuple[list[dict[str, Any]], int]:
+    """Fields of as few telemetry messages as hold all windows and sketches; and how many are too large for any."""
+    lists = {name: fields[name] for name in ("drift", "latency") if fields.get(name)}
+    head = {name: value for name, value in fields.items() if name not in lists}
+    room = MAX_MESSAGE_BYTES - HEAD_BYTES - _size(head)
+    filled: list[dict[str, Any]] = []
+    current: dict[str, list[Any]] = {}
+    left, left_out = room, 0
+    for name, part in ((name, part) for name, parts in lists.items() for part in parts):
+        size = _size(part)
+        if size > room:
+            left_out += 1
+            continue
+        if size > left or len(current.get(name, ())) >= MAX_PARTS:
+            filled.append(current)
+            current, left = {}, room
+        current.setdefault(name, []).append(part)
+        left -= size
+    return [*filled, {**head, **current}], left_out
+
+
+def _size(document: Any) -> int:
+    """Bytes of JSON with a comma."""
+    return len(json.dumps(document)) + 1
 
 
 def _finite(value: Any) -> Any:

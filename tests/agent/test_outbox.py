@@ -101,6 +101,15 @@ def test_the_oldest_of_the_least_important_class_makes_room(store: FullDisk) -> 
     assert outbox.statistics()["bytes"] <= MAX_BYTES
 
 
+def test_a_message_larger_than_the_outbox_costs_no_other(store: FullDisk) -> None:
+    outbox = make(store)
+    for _ in range(100):
+        put(outbox, Priority.ALARM, size=200)
+    put(outbox, Priority.ALARM, size=MAX_BYTES + 1)
+    assert outbox.statistics()["rows"] == 100
+    assert outbox.statistics()["dropped_a"] == 1
+
+
 def test_too_old_messages_are_dropped_and_counted(store: FullDisk) -> None:
     outbox = make(store, max_age_s=100.0)
     put(outbox, at=0.0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.messages import Event, Telemetry
+from agent.contract.messages import MAX_MESSAGE_BYTES, Event, Telemetry
 from agent.contract.topics import Topics
 from agent.decisions.events import Publish
 from agent.journal import Journal, text_style
@@ -68,6 +68,33 @@ def test_a_telemetry_window_adds_up_the_services(reporter: Reporter, outbox: Out
     window = Telemetry.decode(row.body)
     assert window.counters == {"a.requests": 3, "b.requests": 3}
     assert (window.from_s, window.to_s, window.gauges, window.power) == (1.0, 2.0, {"x": None}, None)
+
+
+def window(service: str, features: int) -> dict[str, object]:
+    return {
+        "service": service, "view": "v", "reference": "", "first": 0, "last": 1, "rows": 1, "clip": 4.0,
+        "fraction_bits": 10, "sums": [1000] * features, "squares": [1000] * features,
+    }  # fmt: skip
+
+
+def test_windows_that_do_not_fit_into_one_message_become_several(reporter: Reporter, outbox: Outbox) -> None:
+    drift = [window(f"s{number}", 3000) for number in range(20)]  # 40 kB each
+    fields = {"counters": {"a": 1}, "latency": [], "drift": [*drift, window("huge", 40_000)]}
+    reporter.telemetry(from_s=1.0, to_s=2.0, fields=fields)
+    rows = queued(outbox)
+    assert max(len(row.body) for row in rows) <= MAX_MESSAGE_BYTES
+    seen = [Telemetry.decode(row.body) for row in rows]
+    assert [one.service for message in seen for one in message.drift] == [f"s{number}" for number in range(20)]
+    assert [message.counters for message in seen] == [*[{}] * (len(seen) - 1), {"a": 1}]
+    assert {(message.from_s, message.to_s) for message in seen} == {(1.0, 2.0)}
+    assert reporter.statistics()["parts_left_out"] == 1
+
+
+def test_a_message_holds_no_more_windows_than_a_host_takes(reporter: Reporter, outbox: Outbox) -> None:
+    reporter.telemetry(
+        from_s=1.0, to_s=2.0, fields={"counters": {}, "drift": [window(f"s{number}", 1) for number in range(100)]}
+    )
+    assert [len(Telemetry.decode(row.body).drift) for row in queued(outbox)] == [64, 36]
 
 
 def test_presence_birth_and_reported_are_announced_not_queued(reporter: Reporter, outbox: Outbox) -> None:
