@@ -208,7 +208,8 @@ class Conductor:
         if self._unsaved is not None:
             self._save(self._unsaved)
         self.steering.tick()
-        self._parts.outbox.tidy(wall_s())
+        link = self._parts.link
+        self._parts.outbox.tidy(wall_s(), skip_ids=link.on_their_way() if link else ())
         now_s = monotonic_s()
         if now_s >= self._next_save_s:
             self._next_save_s = now_s + SAVE_MONITORS_S

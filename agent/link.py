@@ -136,6 +136,10 @@ class Link:
         if now_s >= self._busy_until_s:
             self._send_rows(session, now_s)
 
+    def on_their_way(self) -> set[int]:
+        """Ids of the outbox rows that were sent and not answered yet."""
+        return {row.id for row in _rows_away(self._session)} if self._session is not None else set()
+
     def statistics(self) -> dict[str, Any]:
         """state: connecting | connected | waiting | refused | stopped; with reasons and counts."""
         flights = len(self._session.flights) if self._session is not None else 0
@@ -209,7 +213,7 @@ class Link:
 
     def _send_rows(self, session: Session, now_s: float) -> None:
         """Fill the window; of a topic nobody subscribes to only one message at a time asks again."""
-        rows_away = [flight.row for flight in session.flights.values() if flight.row is not None]
+        rows_away = _rows_away(session)
         ids = {row.id for row in rows_away}
         asking = {row.topic for row in rows_away}
         skipped = {*self._denied} | {
@@ -317,3 +321,7 @@ class Link:
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
+
+
+def _rows_away(session: Session) -> list[Row]:
+    return [flight.row for flight in session.flights.values() if flight.row is not None]

@@ -132,8 +132,8 @@ class Outbox:
         self._bytes -= size_bytes
         self._counters["unwanted"] += count
 
-    def tidy(self, now: float, *, skip_ids: Collection[int] = ()) -> None:
-        """Drop what is too old; bring to the disk what waited for room on it."""
+    def tidy(self, now: float, *, skip_ids: Collection[int]) -> None:
+        """Drop what is too old; bring to the disk what waited for room on it, but what is on its way (`skip_ids`)."""
         if self._gone:
             self._forget(self._gone)
         for row in [row for row in self._held.values() if row.id not in skip_ids]:

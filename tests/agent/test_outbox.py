@@ -143,6 +143,8 @@ def test_a_message_on_its_way_is_not_stored_a_second_time(store: FullDisk) -> No
     (held,) = take(outbox)
     store.full = False
     assert take(outbox, skip=frozenset({held.id})) == []
+    outbox.tidy(0.0, skip_ids={held.id})
+    assert store.outbox_totals()[0] == 0
     outbox.settle(held)
     assert take(outbox) == []
     assert store.outbox_totals()[0] == 0
