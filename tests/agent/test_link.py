@@ -131,6 +131,17 @@ def test_unacknowledged_messages_are_sent_again_after_a_loss(tmp_path: Path) -> 
     run(story())
 
 
+def test_what_is_on_its_way_is_known_until_it_is_answered(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with BrokerDouble(answer=lambda _: None) as broker, Device(tmp_path, broker.port) as device:
+            assert device.link.on_their_way() == set()
+            device.put(2)
+            await until(lambda: len(broker.published) == 2)
+            assert device.link.on_their_way() == {row.id for row in device.store.rows(10)}
+
+    run(story())
+
+
 def test_not_authorized_is_an_error_not_a_delivery(tmp_path: Path) -> None:
     def answer(message: Published) -> int:
         return 0x87 if message.topic == "forbidden" else 0
