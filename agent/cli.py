@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from agent import VERSION
 from agent.asking import ask
 from agent.clock import monotonic_s, sleep
-from agent.contract.errors import ConfigError, EdgewardenError, InvalidRequest
+from agent.contract.errors import ArtifactError, ConfigError, EdgewardenError, InvalidRequest
 
 if TYPE_CHECKING:
     from agent.inputs import Wanted
@@ -95,16 +95,20 @@ def rollback(options: argparse.Namespace) -> int:
 
 
 def check_config(options: argparse.Namespace) -> int:
-    from agent.config import load_config
+    from agent.config import absent_artifacts, load_config
 
-    rows = load_config(_config_file(options), os.environ).explain()
+    loaded = load_config(_config_file(options), os.environ)
+    rows = loaded.explain()
     if options.json:
         print(json.dumps({row.key: {"value": json.loads(row.value), "origin": row.origin} for row in rows}, indent=2))
-        return 0
-    widths = [max(len(row.key) for row in rows), min(48, max(len(row.value) for row in rows))]
-    for row in rows:
-        print(f"{row.key:<{widths[0]}}  {row.value:<{widths[1]}}  {row.origin}")
-    return 0
+    else:
+        widths = [max(len(row.key) for row in rows), min(48, max(len(row.value) for row in rows))]
+        for row in rows:
+            print(f"{row.key:<{widths[0]}}  {row.value:<{widths[1]}}  {row.origin}")
+    absent = absent_artifacts(loaded)
+    for sentence in absent:
+        print(f"edgewarden-agent: problem: {sentence}", file=sys.stderr)
+    return ArtifactError.exit_code if absent else 0
 
 
 def doctor(options: argparse.Namespace) -> int:

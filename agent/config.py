@@ -43,15 +43,29 @@ def _identifier(text: str) -> str:
     return text
 
 
+def _tcp_address(text: str) -> str:
+    port = text.rpartition(":")[2]
+    if text and int(port) > MAX_PORT:
+        raise ValueError(f"the port must be at most {MAX_PORT}")
+    return text
+
+
 def _host_identifier() -> str:
     """The host's name, made fit for a topic."""
     return re.sub(r"[^a-z0-9-]+", "-", platform.node().split(".")[0].lower()).strip("-")[:36] or "device"
 
 
+MAX_PORT = 65535
+MAX_PROBLEMS = 5  # told at once
+
 FilePath = Annotated[Path, AfterValidator(_resolved)]
 OptionalPath = Annotated[str, AfterValidator(_resolved_or_empty)]
 CaSource = Annotated[str, AfterValidator(_resolved_or_system)]
 Identifier = Annotated[str, AfterValidator(_identifier)]
+TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
+
+
+REFERENCE_HINT = "docs/reference/agent-config.md explains every key."
 
 
 class Section(BaseModel):
@@ -79,8 +93,10 @@ class ServingSection(Section):
         description="Unix socket clients ask on; empty = none.",
     )
     unix_mode: str = Field(default="0660", pattern=r"^0[0-7]{3}$", description="Access mode of that socket, octal.")
-    tcp: str = Field(
-        default="", pattern=r"^$|^.+:[0-9]{1,5}$", description="HOST:PORT to serve on as well; empty = none."
+    tcp: TcpAddress = Field(
+        default="",
+        pattern=r"^$|^.+:[0-9]{1,5}$",
+        description="HOST:PORT to serve on as well (IPv6 in brackets; port 0 = any free one); empty = none.",
     )
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, le=1 << 31, description="Largest request body.")
     floor_status: Literal[200, 503] = Field(default=200, description="HTTP status of an answer by the floor.")
@@ -102,10 +118,15 @@ class ServiceSection(Section):
 
 class GuardSection(Section):
     not_finite: GuardPolicy | None = Field(
-        default=None, description="NaN or infinity in an input; default: the manifest's."
+        default=None,
+        description="NaN or infinity in an input: answer 400 (`refuse`), put the channel's mean in its place "
+        "(`impute`, `clip`) or let it through (`pass`); default: the manifest's. A channel that the engine asked "
+        "first does not read is imputed, never refused.",
     )
     out_of_range: GuardPolicy | None = Field(
-        default=None, description="Values out of range; default: the manifest's."
+        default=None,
+        description="Values out of the channel's range: `refuse`, `impute` and `pass` as above, `clip` to the "
+        "nearest allowed one; default: the manifest's.",
     )
 
 
@@ -166,8 +187,8 @@ class OutboxSection(Section):
     )
     delete_after: Literal["puback", "host"] = Field(
         default="puback",
-        description="When a message leaves the outbox: taken by the broker, or committed by the host "
-        "(`host` takes effect once a host has enrolled this device or acknowledged something).",
+        description="When a message leaves the outbox: taken by the broker (`puback`), or committed by the host "
+        "(`host`; takes effect once a host has enrolled this device or acknowledged something).",
     )
 
 
@@ -293,16 +314,29 @@ def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
 
     Raises:
         ConfigError: a file is missing or not TOML, a key is unknown (the nearest one is named), a value is of
-            the wrong type or out of range, or an artifact's folder does not exist.
+            the wrong type or out of range, or two values contradict each other. Whether artifacts can be used is
+            asked later: `absent_artifacts`, `agent.blueprint`.
     """
     settings = read_settings(file, environment)
     try:
         config = AgentConfig.model_validate(settings.values, context={"folder": settings.folder})
     except ValidationError as error:
-        problems = [_problem(detail, settings) for detail in error.errors()[:5]]
-        raise ConfigError("; ".join(problems), hint="`edgewarden-agent check-config` shows every key.") from None
+        details = error.errors()
+        problems = [_problem(detail, settings) for detail in details[:MAX_PROBLEMS]]
+        more = f"; and {len(details) - MAX_PROBLEMS} more" if len(details) > MAX_PROBLEMS else ""
+        raise ConfigError("; ".join(problems) + more, hint=REFERENCE_HINT) from None
     _check_sense(config, settings)
     return LoadedConfig(config=config, settings=settings)
+
+
+def absent_artifacts(loaded: LoadedConfig) -> list[str]:
+    """One sentence for each configured folder that holds no artifact."""
+    return [
+        f"service '{service.name}' in {loaded.settings.origin('service', index)}: {folder} holds no artifact"
+        for index, service in enumerate(loaded.config.service)
+        for folder in (service.artifact, *service.fallbacks, *([Path(service.floor)] if service.floor else []))
+        if not (folder / MANIFEST).is_file()
+    ]
 
 
 def _check_sense(config: AgentConfig, settings: Settings) -> None:
@@ -324,26 +358,28 @@ def _check_sense(config: AgentConfig, settings: Settings) -> None:
         raise ConfigError("samples.allow needs samples.folder")
     if config.enrolment.url and not config.enrolment.token_file:
         raise ConfigError("enrolment.url needs enrolment.token_file")
-    for index, service in enumerate(config.service):
-        for folder in (service.artifact, *service.fallbacks, *([Path(service.floor)] if service.floor else [])):
-            if not (folder / MANIFEST).is_file():
-                raise ConfigError(
-                    f"service '{service.name}' in {settings.origin('service', index)}: {folder} holds no artifact",
-                    hint="Name a folder written by `edgewarden-compressor compress`.",
-                )
 
 
 def _problem(detail: Any, settings: Settings) -> str:
     place: Key = detail["loc"]
-    name = ".".join(str(part) for part in place)
-    where = settings.origin(*place)
+    name, where = _spoken(place), settings.origin(*place)
     if detail["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(str(place[-1]), _known_keys(place[:-1]), n=1, cutoff=0.5)
-        meant = f"; did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(_known_keys(place[:-1]))}"
-        return f"unknown key '{name}' in {where}{meant}"
+        meant = f"did you mean '{nearest[0]}'" if nearest else f"known: {', '.join(_known_keys(place[:-1]))}"
+        return f"unknown key {name} in {where} ({meant})"
     if detail["type"] == "missing":
-        return f"'{name}' is missing in {settings.origin(*place[:-1])}"
-    return f"'{name}' in {where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r:.60})"
+        return f"{name} is missing in {settings.origin(*place[:-1])}"
+    return f"{name} in {where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r:.60})"
+
+
+def _spoken(place: Key) -> str:
+    """'link.port', or 'fallbacks' number 2 of [[service]] number 1: as a person sees it in the file."""
+    if len(place) > 1 and place[0] == "service" and isinstance(place[1], int):
+        table = f"[[service]] number {place[1] + 1}"
+        return f"{_spoken(place[2:])} of {table}" if place[2:] else table
+    if len(place) > 1 and isinstance(place[-1], int):
+        return f"{_spoken(place[:-1])} number {place[-1] + 1}"
+    return f"'{'.'.join(str(part) for part in place)}'"
 
 
 def _known_keys(place: Key) -> list[str]:

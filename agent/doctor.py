@@ -1,7 +1,8 @@
 """Looks for what would keep the agent from working, one check after the other, each with what to do about it.
 
-Sockets are only looked at, the broker is greeted and left, the state folder is opened for a moment unless an agent
-holds it or it belongs to another user.
+Unix sockets are only looked at, a TCP port is bound for a moment unless an agent runs, the broker is greeted, told
+one empty document that no host listens to, and left; the state folder is opened for a moment unless an agent holds it
+or it belongs to another user.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from pathlib import Path
 
 from agent.blueprint import draw_up
 from agent.clock import iso, wall_s
-from agent.config import AgentConfig, load_config
-from agent.contract.errors import EdgewardenError, StateLocked, StorageError
+from agent.config import AgentConfig, ServiceSection, load_config
+from agent.contract.errors import ArtifactError, EdgewardenError, StateLocked, StorageError
 from agent.parts import make_broker
 from agent.sensors.power import find_meters
 from agent.sensors.thermal import Thermal
 from agent.session import probe
-from agent.sockets import MAX_UNIX_PATH_BYTES, is_answered
+from agent.sockets import MAX_UNIX_PATH_BYTES, is_answered, listen_tcp
 from agent.store import RESERVE_BYTES, ROOM_BESIDE_OUTBOX_BYTES, Store
 from agent.systemd import read_environment
 
@@ -72,18 +73,28 @@ def examine(config_file: Path, environment: Mapping[str, str]) -> Iterator[Findi
 
 
 def _artifacts(config: AgentConfig) -> Iterator[Finding]:
-    for blueprint in draw_up(config):
-        for problem in blueprint.problems:
-            yield Finding("artifacts", Verdict.FAIL, problem, exit_code=4)
-        names = ", ".join(f"{plan.engine} v{plan.version}" for plan in blueprint.plan.engines)
-        yield Finding("artifacts", Verdict.OK, f"{blueprint.name}: {names}")
-        floor = any(plan.kind == "floor" for plan in blueprint.plan.engines)
-        if len(blueprint.plan.engines) - floor < 2:
-            advice = "Give the service `fallbacks`."
-            yield Finding("artifacts", Verdict.WARN, f"{blueprint.name} has no fallback model", advice)
-        if blueprint.reference is None:
-            text = f"{blueprint.name}: drift is not watched, the artifact has no reference for its view"
-            yield Finding("artifacts", Verdict.WARN, text, "Build the artifact with a reference.")
+    for section in config.service:
+        try:
+            yield from _artifacts_of(config, section)
+        except ArtifactError as error:
+            yield _failed("artifacts", error)
+
+
+def _artifacts_of(config: AgentConfig, section: ServiceSection) -> Iterator[Finding]:
+    (blueprint,) = draw_up(config.model_copy(update={"service": [section]}))
+    for problem in blueprint.problems:
+        yield Finding("artifacts", Verdict.FAIL, problem, exit_code=4)
+    names = ", ".join(f"{plan.engine} v{plan.version}" for plan in blueprint.plan.engines)
+    missing = blueprint.policy.missing
+    text = f"{blueprint.name}: {names}" + (f"; {missing}" if missing else "")
+    yield Finding("artifacts", Verdict.WARN if missing else Verdict.OK, text)
+    if not section.fallbacks:
+        yield Finding(
+            "artifacts", Verdict.WARN, f"{blueprint.name} has no fallback model", "Give the service `fallbacks`."
+        )
+    if blueprint.reference is None:
+        text = f"{blueprint.name}: drift is not watched, the artifact has no reference for its view"
+        yield Finding("artifacts", Verdict.WARN, text, "Build the artifact with a reference.")
 
 
 def _state(config: AgentConfig) -> Iterator[Finding]:
@@ -130,6 +141,20 @@ def _sockets(config: AgentConfig) -> Iterator[Finding]:
         else:
             state = "answered by a running agent" if is_answered(path) else "free"
             yield Finding("sockets", Verdict.OK, f"{key}: {path} is {state}")
+    if config.serving.tcp:
+        yield _tcp(config)
+    elif not config.serving.unix:
+        advice = "Set serving.unix or serving.tcp, unless systemd hands the agent its sockets."
+        yield Finding("sockets", Verdict.FAIL, "there is nothing to serve on", advice, 2)
+
+
+def _tcp(config: AgentConfig) -> Finding:
+    """Raises: ConfigError: the agent could not listen there."""
+    address = config.serving.tcp
+    if is_answered(config.admin_socket):
+        return Finding("sockets", Verdict.OK, f"serving.tcp: {address} is the running agent's: not tried")
+    listen_tcp(address).close()
+    return Finding("sockets", Verdict.OK, f"serving.tcp: {address} is free")
 
 
 def _broker(config: AgentConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
@@ -141,8 +166,9 @@ def _broker(config: AgentConfig, environment: Mapping[str, str]) -> Iterator[Fin
         return
     manager = read_environment({**environment, "LISTEN_FDS": "0"}, process_id=os.getpid())
     broker = make_broker(link, manager, client_id=f"edgewarden-doctor-{os.getpid()}")
-    asyncio.run(probe(broker))
-    yield Finding("broker", Verdict.OK, f"{link.host}:{link.port} accepts this device")
+    base = config.topics.base
+    asyncio.run(probe(broker, f"{base}/doctor"))
+    yield Finding("broker", Verdict.OK, f"{link.host}:{link.port} accepts this device and what it says in {base}/")
     if not link.tls_ca and link.host not in ("localhost", "127.0.0.1", "::1"):
         yield Finding("broker", Verdict.WARN, "the link is not encrypted", "Set link.tls_ca.")
     if not link.username and not link.tls_cert:

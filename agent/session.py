@@ -40,6 +40,7 @@ PACKET_OVERHEAD_BYTES = 64  # fixed header, lengths and our properties
 CONNECT_TIMEOUT_S = 5.0
 CONNACK_TIMEOUT_S = 10.0
 STUCK_S = 20.0
+FAILURE, NOT_AUTHORIZED = 0x80, 0x87  # MQTT reason codes: the first that is a no, and an ACL's
 MALFORMED = (ValueError, LookupError, TypeError, AttributeError, struct.error)
 """What paho raises on bytes no broker may send."""
 
@@ -340,11 +341,40 @@ class Refused(LinkError):
         self.reason = reason.value
 
 
-async def probe(broker: Broker) -> None:
-    """Connect and leave again. Raises: LinkError."""
-    session = Session(broker, None, on_taken=lambda _flight, _reason: None)
+async def probe(broker: Broker, topic: str = "") -> None:
+    """Connect, publish one empty document to `topic` if there is one, and leave again.
+
+    Raises:
+        LinkError: unreachable, or refused: the user or the topic, the message says which.
+    """
+    taken: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    session = Session(broker, None, on_taken=lambda _flight, reason: taken.set_result(reason))
     await session.open()
-    session.leave()
+    try:
+        if topic:
+            session.publish(topic, b"{}", row=None, retain=False, expiry_s=1)
+            await _accepted(session, taken, topic)
+    finally:
+        session.leave()
+
+
+async def _accepted(session: Session, taken: asyncio.Future[int], topic: str) -> None:
+    closed = asyncio.ensure_future(session.closed.wait())
+    either: set[asyncio.Future[Any]] = {taken, closed}
+    try:
+        await asyncio.wait(either, timeout=CONNACK_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        closed.cancel()
+    if taken.done() and taken.result() < FAILURE:
+        return
+    if taken.done():
+        what = "publishing is not authorized" if taken.result() == NOT_AUTHORIZED else f"reason {taken.result()}"
+    else:
+        what = f"it closed the connection ({session.reason})" if session.closed.is_set() else "no PUBACK"
+    raise LinkError(
+        f"the broker accepts this device and refuses what it publishes to {topic}: {what}",
+        hint=f"Its ACL must allow this user `readwrite {topic.rpartition('/')[0]}/#`.",
+    )
 
 
 async def _in_thread(work: Callable[[], None]) -> None:

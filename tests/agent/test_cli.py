@@ -1,5 +1,6 @@
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -130,8 +131,55 @@ def test_the_doctor_says_what_to_do_and_fails_with_the_codes_of_the_errors(
     broker = next(one for one in json.loads(capsys.readouterr().out) if one["check"] == "broker")
     assert broker["verdict"] == "fail"
     assert "outbox" in broker["advice"]
+
+
+def test_the_doctor_goes_on_when_an_artifact_is_missing(
+    config: Path, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config.read_text()
     config.write_text(text.replace(str(artifacts["wrist"]), str(config.parent)))
-    assert main(["doctor", "--config", str(config)]) == 2
+    assert main(["doctor", "--config", str(config)]) == 4
+    told = capsys.readouterr().out
+    assert "service 'wrist' has no usable model" in told
+    assert "ok    clock" in told
+    config.write_text(text.replace(str(artifacts["wrist"]), "none") + f"fallbacks = ['{artifacts['wrist']}']\n")
+    assert main(["doctor", "--config", str(config)]) == 4
+    told = capsys.readouterr().out
+    assert "none cannot be used, wrist takes its place" in told
+    assert "has no fallback model" not in told
+
+
+def test_a_missing_artifact_hides_no_key_of_the_configuration(
+    config: Path, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text().replace(str(artifacts["wrist"]), "none"))
+    assert main(["check-config", "--config", str(config)]) == 4
+    told = capsys.readouterr()
+    assert "fallback.dwell_s" in told.out
+    assert "problem: service 'wrist'" in told.err
+    assert "none holds no artifact" in told.err
+    assert main(["check-config", "--config", str(config), "--json"]) == 4
+    assert json.loads(capsys.readouterr().out)["service.0.name"]["value"] == "wrist"
+
+
+@pytest.mark.parametrize(
+    ("tcp", "unix", "code", "words"),
+    [
+        ("127.0.0.1:{port}", "s.sock", 2, "the port is in use"),
+        ("nowhere.invalid:1", "s.sock", 2, "cannot listen on nowhere.invalid:1"),
+        ("127.0.0.1:70000", "s.sock", 2, "at most 65535"),
+        ("", "", 2, "there is nothing to serve on"),
+        ("127.0.0.1:0", "", 0, "127.0.0.1:0 is free"),
+    ],
+)
+def test_the_doctor_tries_the_addresses_to_serve_on(
+    config: Path, capsys: pytest.CaptureFixture[str], tcp: str, unix: str, code: int, words: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        tcp = tcp.format(port=other.getsockname()[1])
+        config.write_text(config.read_text().replace("unix = 's.sock'", f"unix = '{unix}'\ntcp = '{tcp}'"))
+        assert main(["doctor", "--config", str(config)]) == code
+    assert words in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["status", "--watch", "0"], ["pin", "wrist"]])

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import AgentConfig, LoadedConfig, load_config
+from agent.config import AgentConfig, LoadedConfig, absent_artifacts, load_config
 from agent.contract.errors import ConfigError
 
 SERVICE = "[[service]]\nname = 'wrist'\nartifact = 'models/wrist'\n"
@@ -38,11 +38,11 @@ def test_relative_paths_start_at_the_file_and_absolute_ones_stay(folder: Path) -
 
 
 def test_an_unknown_key_names_the_nearest_one_and_the_file(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"unknown key 'link.hots' in .*agent.toml; did you mean 'host'\?"):
+    with pytest.raises(ConfigError, match=r"unknown key 'link.hots' in .*agent.toml \(did you mean 'host'\)"):
         load(folder, "[link]\nhots = 'x'\n")
-    with pytest.raises(ConfigError, match=r"unknown key 'lnik' in .*agent.toml; did you mean 'link'\?"):
+    with pytest.raises(ConfigError, match=r"unknown key 'lnik' in .*agent.toml \(did you mean 'link'\)"):
         load(folder, "[lnik]\nhost = 'x'\n")
-    with pytest.raises(ConfigError, match=r"unknown key 'service.0.artefact'.*did you mean 'artifact'\?"):
+    with pytest.raises(ConfigError, match=r"unknown key 'artefact' of \[\[service\]\] number 1 in .*'artifact'"):
         load(folder, service=SERVICE + "artefact = 'x'\n")
 
 
@@ -71,9 +71,10 @@ def test_several_mistakes_are_told_at_once(folder: Path) -> None:
     ("text", "service", "message"),
     [
         ("", "", "configures no service"),
-        ("", SERVICE.replace("models/wrist", "models/none"), "none holds no artifact"),
-        ("", SERVICE + "fallbacks = ['gone']\n", "gone holds no artifact"),
-        ("", "[[service]]\nname = 'wrist'\n", "'service.0.artifact' is missing"),
+        ("", "[[service]]\nname = 'wrist'\n", r"'artifact' of \[\[service\]\] number 1 is missing"),
+        ("", SERVICE + "fallbacks = ['x', 3]\n", r"'fallbacks' number 2 of \[\[service\]\] number 1 in "),
+        ("[serving]\ntcp = '127.0.0.1:65536'\n", SERVICE, "the port must be at most 65535"),
+        ("[serving]\ntcp = '127.0.0.1'\n", SERVICE, "'serving.tcp' in "),
         ("", SERVICE.replace("'wrist'", "'Wrist One'"), "1 to 36 characters"),
         ("[link]\ntls_key = 'k'\n", SERVICE, "belong together"),
         ("[fallback]\nfailures = 30\n", SERVICE, "cannot be more"),
@@ -83,6 +84,23 @@ def test_several_mistakes_are_told_at_once(folder: Path) -> None:
 def test_what_cannot_work_is_refused_at_the_door(folder: Path, text: str, service: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(folder, text, service=service)
+
+
+def test_more_mistakes_than_one_can_read_are_counted_and_the_reference_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"; and 2 more$") as told:
+        load(folder, "[link]\n" + "".join(f"x{number} = 1\n" for number in range(7)))
+    assert "docs/reference/agent-config.md" in told.value.sentence()
+    with pytest.raises(ConfigError) as told:
+        load(folder, "[link]\nhots = 'x'\n")
+    assert "?" not in told.value.sentence()
+
+
+def test_a_folder_without_an_artifact_is_no_mistake_of_the_configuration_but_told(folder: Path) -> None:
+    loaded = load(folder, service=SERVICE + "fallbacks = ['gone']\n")
+    assert absent_artifacts(loaded) == [
+        f"service 'wrist' in {folder}/agent.toml: {folder}/gone holds no artifact"
+    ]  # fmt: skip
+    assert absent_artifacts(load(folder)) == []
 
 
 def test_every_key_has_a_description_and_an_origin(folder: Path) -> None:

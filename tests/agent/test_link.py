@@ -364,6 +364,22 @@ def test_a_probe_tells_whether_the_broker_would_have_us() -> None:
     run(story())
 
 
+@pytest.mark.parametrize(("reason", "words"), [(0x87, "not authorized"), (0x99, "reason 153"), (0x10, ""), (0, "")])
+def test_a_probe_tells_a_forbidden_topic_from_a_refused_user(reason: int, words: str) -> None:
+    async def story() -> None:
+        async with BrokerDouble(answer=lambda _message: reason) as broker:
+            address = Broker("127.0.0.1", broker.port, client_id="x")
+            if not words:
+                await probe(address, "ew/1/f/d/doctor")
+                assert [message.topic for message in broker.published] == ["ew/1/f/d/doctor"]
+                return
+            with pytest.raises(LinkError, match=f"accepts this device and refuses .*{words}") as told:
+                await probe(address, "ew/1/f/d/doctor")
+            assert "readwrite ew/1/f/d/#" in told.value.hint
+
+    run(story())
+
+
 def test_unusable_tls_files_are_refused_before_anything_starts(tmp_path: Path) -> None:
     assert make_tls(ca="", certificate="", key="") is None
     assert make_tls(ca="system", certificate="", key="") is not None

@@ -134,6 +134,9 @@ def test_a_topic_the_broker_forbids_is_an_error_in_the_status(
     wait_until(lambda: agent.status()["link"]["published"] >= 2, "allowed messages flow all the same")
     assert agent.status()["link"]["refusals"]["0x87"] >= 1
     assert agent.status()["outbox"]["rows"] >= 1  # kept, not counted as delivered
+    doctor = agent.command("doctor")
+    assert doctor.returncode == 5
+    assert f"refuses what it publishes to ew/1/{FLEET}/{DEVICE}/doctor: publishing is not authorized" in doctor.stdout
 
 
 def test_what_nobody_subscribes_to_is_kept_until_somebody_does(agent: Agent, broker: Broker) -> None:

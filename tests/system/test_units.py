@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.config import load_config
-from agent.contract.errors import ConfigError
+from agent.config import absent_artifacts, load_config
 
 UNITS = Path(__file__).resolve().parents[2] / "systemd"
 ANALYZE = shutil.which("systemd-analyze")
@@ -63,5 +62,4 @@ def test_the_example_configuration_has_no_unknown_key(tmp_path: Path) -> None:
     (tmp_path / "agent.toml").write_text(text.replace("/var/lib/edgewarden/artifacts", "artifacts"))
     config = load_config(tmp_path / "agent.toml", {}).config
     assert config.service[0].name == "wrist"
-    with pytest.raises(ConfigError, match="holds no artifact"):
-        load_config(UNITS / "agent.toml", {})
+    assert "holds no artifact" in absent_artifacts(load_config(UNITS / "agent.toml", {}))[0]
