@@ -1,4 +1,4 @@
-"""One request: guard, admit, run, fail over within the same request, observe. A watchdog thread ends stuck runs.
+"""One request: guard, admit, run, fail over within the same request, observe.
 
 Knows nothing of HTTP. Quick models run on the event loop's thread, slow ones on a thread per service behind a bounded
 queue, so that probes stay answered. Which engine is first is the agent process's decision; going on to the next one
@@ -30,21 +30,19 @@ from agent.contract.errors import (
 )
 from agent.contract.plan import EngineKind, EngineTrouble, ServicePlan
 from agent.contract.tensors import Array, Tensor, check_shape
-from agent.engine import Engine, RunControl, leading_rows
+from agent.engine import leading_rows
 from agent.guard import NO_BITS, Guard, Verdict
 from agent.lineup import Lineup, Seat
 from agent.observation import MAX_ROWS, NO_CLASS, NO_ENGINE, VIEW_WIDTH, Observation, Outcome, RingWriter
+from agent.watchdog import TICK_S, UNSTOPPABLE_S, Watch, Watchdog
 
 INLINE_US = 300.0  # quicker runs cost less than handing them to another thread and back
 MAX_BATCH_ROWS = 4096
 MAX_DEADLINE_MS = 3_600_000.0
-TICK_S = 0.01  # the watchdog's resolution
-IDLE_TICKS = 100
 LARGEST_CLASS = 0x7FFF  # what a record can hold
 # what an output that is not what its plan promised can raise while it is recorded
 _UNRECORDABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 SLOW = 3.0  # a row may take so many times what it took while warming
-UNSTOPPABLE_S = 1.0  # how long a run may outlive its end order beyond `stuck_after_s`
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,96 +109,6 @@ class _Result:
     raw: Mapping[str, Array] | None = None
     troubles: tuple[_Trouble, ...] = ()
     queue_us: float = 0.0
-
-
-class Watch:
-    """The current run of one thread, for the watchdog to see."""
-
-    def __init__(self, dog: Watchdog) -> None:
-        self._dog = dog
-        self._lock = threading.Lock()
-        self._control = RunControl()
-        self._limit_ns = 0
-        self.started_ns = 0  # 0 = nothing runs
-
-    def run(self, engine: Engine, feeds: Mapping[str, Array], limit_ns: int) -> dict[str, Array]:
-        """Run, to be ended at `limit_ns` (monotonic). Raises: EngineFailed."""
-        self._limit_ns = limit_ns
-        self.started_ns = clock.monotonic_ns()
-        self._dog.notice()
-        try:
-            return engine.run(feeds, control=self._control)
-        finally:
-            with self._lock:
-                self.started_ns = 0
-                self._control.rearm()
-
-    def end(self) -> None:
-        """End the run, whatever its limit."""
-        with self._lock:
-            if self.started_ns:
-                self._control.stop()
-
-    def end_if_late(self, now_ns: int) -> None:
-        """End the run if its time is over; the lock keeps the order from reaching the run after it."""
-        with self._lock:
-            if self.started_ns and now_ns > self._limit_ns:
-                self._control.stop()
-
-
-class Watchdog:
-    """One thread that ends runs at their limit. Sleeps while nothing runs."""
-
-    def __init__(self, stuck_after_s: float, on_unstoppable: Callable[[], None]) -> None:
-        """`on_unstoppable` is called, on this thread, when a run ignores its end order: only a new process helps."""
-        self._fatal_ns = int((stuck_after_s + UNSTOPPABLE_S) * 1e9)
-        self._on_unstoppable = on_unstoppable
-        self._watches: list[Watch] = []
-        self._closing = threading.Event()
-        self._wake = threading.Event()
-        self.asleep = False  # nothing ran for a while
-        self._thread = threading.Thread(target=self._patrol, name="watchdog", daemon=True)
-        self._thread.start()
-
-    def watch(self) -> Watch:
-        """A watch for one more thread."""
-        watch = Watch(self)
-        self._watches.append(watch)
-        return watch
-
-    def notice(self) -> None:
-        """A run starts."""
-        if self.asleep:
-            self._wake.set()
-
-    def close(self) -> None:
-        self._closing.set()
-        self._wake.set()
-        self._thread.join()
-
-    def _patrol(self) -> None:
-        idle = 0
-        while not self._closing.wait(TICK_S):
-            now_ns = clock.monotonic_ns()
-            idle += 1
-            for watch in self._watches:
-                watch.end_if_late(now_ns)
-                started_ns = watch.started_ns
-                if started_ns:
-                    idle = 0
-                if started_ns and now_ns - started_ns > self._fatal_ns:
-                    self._on_unstoppable()
-            if idle > IDLE_TICKS:
-                self._sleep()
-                idle = 0
-
-    def _sleep(self) -> None:
-        # `asleep` first, then look: a run that starts in between sees it and sets the event
-        self.asleep = True
-        if not any(watch.started_ns for watch in self._watches):
-            self._wake.wait()
-        self.asleep = False
-        self._wake.clear()
 
 
 class Service:

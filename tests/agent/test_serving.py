@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from agent.engine import RunControl
 from agent.lineup import Lineup, Seat, load_lineup
 from agent.monitor import Monitor, MonitorPlan
 from agent.observation import MAX_ROWS, NO_ENGINE, Outcome, RingReader, RingWriter, create_ring
-from agent.serving import Answer, Request, Service, Serving, Watchdog
+from agent.serving import Answer, Request, Service, Serving
 from tests.models import (
     PROBABILITY,
     WINDOW,
@@ -563,38 +562,3 @@ def test_closing_ends_what_still_runs(tmp_path: Path, ring_fd: int) -> None:
         stage.submit(window(TOLD), deadline_ms=600_000.0)
 
     play(three(tmp_path, "slow"), ring_fd, story, stuck_after_s=600.0, inline_us=THREAD)
-
-
-class Deaf:
-    """An engine whose run takes no orders, until the test lets it go."""
-
-    inputs: tuple[TensorPlan, ...] = ()
-    outputs: tuple[TensorPlan, ...] = ()
-    warm_us = 0.0
-
-    def __init__(self) -> None:
-        self.released = threading.Event()
-
-    def run(self, feeds: object, wanted: object = (), *, control: RunControl | None = None) -> dict[str, np.ndarray]:
-        del feeds, wanted, control
-        self.released.wait(30)
-        return {}
-
-
-def test_a_run_that_ignores_its_end_is_reported_as_unstoppable() -> None:
-    engine = Deaf()
-    dog = Watchdog(-0.9, engine.released.set)  # fatal 0.1 s after the start
-    dog.watch().run(engine, {}, clock.monotonic_ns())
-    assert engine.released.is_set()
-    dog.close()
-
-
-def test_the_watchdog_sleeps_while_nothing_runs_and_wakes_for_a_run(tmp_path: Path) -> None:
-    engine = load_lineup(service_plan(engine_plan(tmp_path, "wrist", trouble="slow")))[0].seats[0].engine
-    dog = Watchdog(5.0, lambda: None)
-    watch = dog.watch()
-    while not dog.asleep:
-        clock.sleep(0.01)
-    with pytest.raises(EngineFailed, match="was ended"):
-        watch.run(engine, {"window": window(TOLD)}, clock.monotonic_ns() + 50_000_000)
-    dog.close()
