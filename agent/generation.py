@@ -18,7 +18,7 @@ from enum import StrEnum
 
 from agent.channel import Channel
 from agent.clock import monotonic_s
-from agent.contract.errors import MalformedMessage, Overloaded
+from agent.contract.errors import EdgewardenError, MalformedMessage, Overloaded
 from agent.contract.plan import (
     Drain,
     Drained,
@@ -92,12 +92,12 @@ class Generation:
         try:
             await self._spawn(listeners, ring, environment)
             await self._listen()
-        except OSError as error:
-            self._killed_because = f"could not be started: {error.strerror}"
-        finally:
+        except (EdgewardenError, OSError) as error:
+            self.kill(f"could not be started: {getattr(error, 'strerror', None) or error}")
+        finally:  # whatever ends it: an end nobody is told of would be waited for for ever
             reason = await self._bury()
             self.phase = Phase.ENDED
-        self._on_end(self, reason)
+            self._on_end(self, reason)
 
     def serve(self) -> None:
         """Let it accept connections."""

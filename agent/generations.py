@@ -54,15 +54,23 @@ class Generations:
         return self._incoming is not None
 
     def start(self, services: tuple[ServicePlan, ...], *, max_body_bytes: int, stuck_after_s: float) -> int:
-        """Begin a new generation beside the current one; one that was still coming is given up."""
-        if self._incoming is not None:
-            self._incoming.kill("superseded")
+        """Begin a new generation beside the current one; one that was still coming is given up.
+
+        One that cannot even begin is told as lost like any other.
+        """
         plan = WorkerPlan(self._next_number, services, max_body_bytes, stuck_after_s)
         self._next_number += 1
         self._counts["started"] += 1
+        try:
+            ring = self._intake.open(plan)
+        except OSError as error:
+            reason = f"could not be started: {error.strerror}"
+            asyncio.get_running_loop().call_soon(self._lose, plan.generation, reason)
+            return plan.generation
+        if self._incoming is not None:
+            self._incoming.kill("superseded")
         comer = Generation(plan, self._patience, on_frame=self._frame, on_end=self._ended)
         self._incoming = comer
-        ring = self._intake.open(plan)
         living = comer.live(self._listeners, ring, self._environment)
         self._tasks[comer] = asyncio.create_task(living, name=f"ew-worker-{plan.generation}")
         return plan.generation
@@ -120,5 +128,8 @@ class Generations:
         else:  # it had already handed over, or was given up
             return
         if reason != "drained":
-            self._counts["lost"] += 1
-            self._on_lost(generation.number, reason)
+            self._lose(generation.number, reason)
+
+    def _lose(self, number: int, reason: str) -> None:
+        self._counts["lost"] += 1
+        self._on_lost(number, reason)

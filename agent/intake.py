@@ -44,9 +44,18 @@ class Intake:
         self._gaps = 0
 
     def open(self, plan: WorkerPlan) -> int:
-        """A new ring for a generation; returns the descriptor its worker inherits, which stays ours to close."""
+        """A new ring for a generation; returns the descriptor its worker inherits, which stays ours to close.
+
+        Raises:
+            OSError: there is no memory or no descriptor left; then nothing stays open.
+        """
         descriptor = create_ring(self._slots)
-        self._sources[plan.generation] = _Source(RingReader(descriptor), descriptor, plan, self._maps(plan))
+        try:
+            reader = RingReader(descriptor)
+        except OSError:
+            os.close(descriptor)
+            raise
+        self._sources[plan.generation] = _Source(reader, descriptor, plan, self._maps(plan))
         return descriptor
 
     def renumber(self, lineups: Sequence[tuple[EnginePlan, ...]]) -> None:

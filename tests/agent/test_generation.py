@@ -2,9 +2,11 @@
 
 import asyncio
 import os
+import resource
 import socket
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,38 @@ def test_one_that_does_not_start_in_time_is_killed() -> None:
         assert stage.lost == [(1, "did not start within 0 s")]
 
     play(story, Patience(start_s=0.0, ping_s=0.05))
+
+
+def test_a_plan_too_large_to_be_told_is_an_end_like_any_other() -> None:
+    async def story(stage: Stage) -> None:
+        huge = replace(floor_plan(), floor_outputs={"probability": [0.1] * 200_000})
+        stage.generations.start((service_plan(huge),), max_body_bytes=1, stuck_after_s=5.0)
+        await stage.until(lambda: stage.lost)
+        assert "could not be started" in stage.lost[0][1]
+        assert not stage.generations.is_starting
+        stage.start()
+        await stage.serving(2)
+
+    play(story)
+
+
+def test_without_a_free_descriptor_the_start_is_told_as_lost_and_the_next_one_works() -> None:
+    async def story(stage: Stage) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, limits[1]))
+        try:
+            assert stage.start() == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert stage.lost == []  # told later: not from inside the call that asked
+        await stage.until(lambda: stage.lost)
+        assert stage.lost == [(1, "could not be started: Too many open files")]
+        assert not stage.generations.is_starting
+        stage.start()
+        await stage.serving(2)
+        assert stage.generations.statistics() == {"started": 2, "lost": 1}
+
+    play(story)
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.02])  # before and after the first is spawned
