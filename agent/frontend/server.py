@@ -31,6 +31,7 @@ MAX_BUFFERED_BYTES = 64 * 1024 * 1024  # bodies of all unanswered requests toget
 SMALL_BODY_BYTES = 64 * 1024  # ...whose last quarter is kept for bodies up to this size
 SLOW_S = 10.0  # for a request to arrive...
 SLOWEST_BYTES_PER_S = 64 * 1024  # ...plus its size at this speed
+PAUSE_S = 0.25  # a client that was heard so recently may be about to ask again: draining tells it in its next answer
 LINGER_S = 2.0  # how long a refused client may go on sending before it is cut off
 ACCEPTS_PER_TURN = 16
 JSON = "application/json"
@@ -107,7 +108,10 @@ class Server:
             self._sweep()
 
     async def drain(self, limit_s: float) -> None:
-        """Stop accepting, close idle connections, finish busy ones, at most for `limit_s`."""
+        """Stop accepting, close idle connections, finish busy ones, at most for `limit_s`.
+
+        A client that asks without a pause hears with an answer that its connection ends, and loses no request.
+        """
         self.draining = True
         loop = asyncio.get_running_loop()
         for listener in self._listeners:
@@ -364,8 +368,9 @@ class Connection(asyncio.Protocol):
 
     # --- answering -------------------------------------------------------------------------------------------
     def close_if_idle(self) -> None:
-        """For a draining server: between requests, nobody loses anything."""
-        if self.idle and self._transport is not None:
+        """For a draining server: between requests, and not just before the next one, nobody loses anything."""
+        quiet_ns = clock.monotonic_ns() - self.last_ns
+        if self.idle and quiet_ns > PAUSE_S * 1e9 and self._transport is not None:
             self._transport.close()
 
     def abort(self) -> None:
