@@ -57,6 +57,7 @@ def test_a_whole_update_loses_no_request(updated: Agent, director: Director, tmp
         before = load.answered
         wait_until(lambda: load.answered > before + 100, "requests flow on")
     assert load.failed == []
+    assert load.retries == 0  # not even one had to be asked again
     assert report["update_state"] == "committed", report
     assert director.states(version) == [
         "planned", "fetching", "verified", "staged", "selftest", "probation", "committed"
