@@ -270,10 +270,11 @@ class Monitor:
         followed = self._drift_rows.thin(len(viewed), viewed["arrival_ns"])
         self._count("rows_thinned", len(viewed) - len(viewed[followed]))
         for row, predicted in zip(features[followed], viewed["predicted"][followed].tolist(), strict=True):
+            raised_rows = self._regimes.raised_rows
             finding = self._regimes.update(row, predicted)
             if finding:
                 yield self._alarm(finding)
-            elif self._regimes.raised_rows == PERSISTED_ROWS:
+            elif raised_rows < PERSISTED_ROWS == self._regimes.raised_rows:  # a row may not count
                 yield self._persisting(self._regimes)
 
     def _persisting(self, regimes: RegimeMonitor) -> Event:

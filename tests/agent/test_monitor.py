@@ -326,6 +326,23 @@ def test_a_drift_that_lasts_is_said_once_more_with_what_else_is_wrong(
     assert (persists.guards, persists.reference) == (("dead:gx",), reference.digest())
 
 
+def test_a_lasting_drift_is_said_once_also_when_rows_that_are_not_finite_follow(
+    stream: RegimeStream, reference: Reference
+) -> None:
+    watched = monitor(reference)
+    rows = stream.rows(20, seed=12)
+    broken = viewed(dead_gx(rows.features), rows.predicted)
+    lost = viewed(np.full_like(rows.features[:5], np.nan), rows.predicted[:5])
+    said = [
+        event
+        for row in range(150)
+        for batch in (broken[row : row + 1], lost)
+        for event in watched.observe(batch)
+        if isinstance(event, DriftPersists)
+    ]
+    assert len(said) == 1
+
+
 def test_records_without_a_view_are_not_judged_for_drift(stream: RegimeStream, reference: Reference) -> None:
     watched = monitor(reference)
     watched.observe(records(100))
