@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from agent import VERSION
 from agent.contract.errors import EdgewardenError
 from compressor import commands_fleet, commands_trust
+from compressor.errors import MissingExtra
+from compressor.stopping import Stopped, stoppable
 
 if TYPE_CHECKING:
     from compressor.pipeline import Orders
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 EXIT_CODES = """\
 exit codes:
   0  done
-  2  the recipe, its task module, the configuration or the command line is wrong
+  2  the recipe, its task module, the configuration or the command line is wrong, or the extra is not installed
   3  a document is not what the contract says
   4  an artifact is damaged, cannot be used or is not trusted
   5  the broker cannot be reached
@@ -30,7 +32,7 @@ exit codes:
   9  the task's data is missing or not what it should be
  10  a stage of the pipeline failed
  11  a gate refused every candidate; nothing was shipped
-130  interrupted; finished stages are kept in the cache
+129, 130, 143  stopped by SIGHUP, Ctrl-C, SIGTERM; finished stages are kept in the cache
 """
 
 
@@ -40,15 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except EdgewardenError as error:
-        print(f"edgewarden-compressor: {error.sentence()}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
+        return _told(error)
+    except ModuleNotFoundError as error:
+        if missing := MissingExtra.of(error):
+            return _told(missing)
+        raise
+    except KeyboardInterrupt as stop:
         print("edgewarden-compressor: interrupted; finished stages are kept, run again to go on.", file=sys.stderr)
-        return 130
+        return stop.exit_code if isinstance(stop, Stopped) else 130
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone; nothing is left to say it to
         return 0
     return code
+
+
+def _told(error: EdgewardenError) -> int:
+    print(f"edgewarden-compressor: {error.sentence()}", file=sys.stderr)
+    return error.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,10 +122,19 @@ def _parser() -> argparse.ArgumentParser:
 
 # --- compress ----------------------------------------------------------------------------------------------
 def _compress(options: argparse.Namespace) -> int:
+    with stoppable():
+        return _compress_all(options)
+
+
+def _compress_all(options: argparse.Namespace) -> int:
+    from compressor.files import try_folder
     from compressor.recipe import open_task, read_recipe
 
     recipe = read_recipe(options.recipe, overrides=options.overrides)
     open_task(recipe, options.recipe)  # before the heavy imports: a wrong recipe is told at once
+    names = [device.name for device in recipe.device_class if options.device_class in {"", device.name}]
+    for folder in (options.cache, options.out, *(options.out / name for name in names)):
+        try_folder(folder)
     parents = dict(_parent(text) for text in options.parent)
     from compressor.pipeline import Orders, compress
     from compressor.report import write_reports

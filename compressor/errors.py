@@ -2,12 +2,13 @@
 
     EdgewardenError
     |- ConfigError
-    |  `- RecipeError      the recipe or the task module it names cannot be used; carries file and line
+    |  |- RecipeError      the recipe or the task module it names cannot be used; carries file and line
+    |  `- MissingExtra     a library is not installed that only the host side needs
     |- DataError           the data a task needs is missing or is not what the task was written for
     |- StageFailed         a step of the pipeline could not finish
     `- GateFailed          nothing that was built may ship; carries gate, measured and limit
 
-Exit codes of the command line: 2 recipe, 9 data, 10 stage, 11 gate; the device's codes keep their meaning.
+Exit codes of the command line: 2 recipe or libraries, 9 data, 10 stage, 11 gate; the device's codes keep theirs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,25 @@ class RecipeError(ConfigError):
         super().__init__(place + message, hint=hint)
         self.path = path
         self.line = line
+
+
+# What `pip install edgewarden[compressor]` brings beyond a plain installation, by the names they are imported as.
+EXTRA = ("jinja2", "matplotlib", "onnx", "onnxscript", "rich", "sqlalchemy", "starlette", "torch", "uvicorn")
+
+
+class MissingExtra(ConfigError):
+    code = "missing_extra"
+
+    @staticmethod
+    def of(error: ImportError) -> MissingExtra | None:
+        """Ours for a failed import, when the missing library belongs to the extra."""
+        library = (error.name or "").partition(".")[0]
+        if not isinstance(error, ModuleNotFoundError) or library not in EXTRA:
+            return None
+        return MissingExtra(
+            f"this command needs {library} of the extra [compressor], which is not installed",
+            hint="Run pip install 'edgewarden[compressor]', or pip install '.[compressor]' in a clone.",
+        )
 
 
 class DataError(EdgewardenError):

@@ -40,6 +40,29 @@ def write_file(path: Path, data: bytes) -> None:
         raise storage_error(error, path) from error
 
 
+def try_folder(folder: Path) -> None:
+    """Make a folder and write a file in it, so that a place which cannot be written is told before the work; what
+    was made is removed again.
+
+    Raises:
+        DiskFull, StorageError
+    """
+    made: list[Path] = []
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        made = [part for part in (folder, *folder.parents) if not part.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"probe")
+    except OSError as error:
+        raise storage_error(error, folder) from error
+    finally:
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for part in made:
+            with suppress(OSError):  # not reached, or another one's file is in it by now
+                part.rmdir()
+
+
 def storage_error(error: OSError, path: Path) -> StorageError:
     """The error of ours for a failed write."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:

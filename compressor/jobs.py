@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -87,8 +89,8 @@ def run_jobs(jobs: Sequence[Job], report: Report, *, run: Run[Made]) -> dict[str
     context = multiprocessing.get_context("spawn")  # torch does not survive a fork with threads
     messages: SimpleQueue[tuple[str, str, float]] = context.SimpleQueue()
     with ProcessPoolExecutor(processes, context, initializer=_adopt, initargs=(messages,)) as pool:
-        futures = {pool.submit(_run_in_child, run, job): job for job in jobs}
         try:
+            futures = {pool.submit(_run_in_child, run, job): job for job in jobs}
             return _collect(futures, messages, report)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -124,6 +126,15 @@ _messages: SimpleQueue[tuple[str, str, float]] | None = None
 def _adopt(messages: SimpleQueue[tuple[str, str, float]]) -> None:
     global _messages  # noqa: PLW0603 - a pool's initializer has no other way to hand something to its calls
     _messages = messages
+    threading.Thread(target=_end_with_parent, name="ew-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed can end nobody: its trainings end themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_child(run: Run[Made], job: Job) -> Made:

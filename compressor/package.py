@@ -209,13 +209,12 @@ def write_artifact(folder: Path, files: Mapping[str, bytes]) -> None:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-    except OSError as error:
-        raise storage_error(error, folder) from error
-    for name, data in sorted(files.items()):
-        write_file(temporary / name, data)
-    try:
+        for name, data in sorted(files.items()):
+            write_file(temporary / name, data)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
     except OSError as error:
         raise storage_error(error, folder) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # there only when something failed

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.artifact import Channel, Window
+from agent.contract.errors import ConfigError
 from compressor.corruptions import Corruption, Windows, dead, scale, stuck
-from compressor.errors import RecipeError
+from compressor.errors import MissingExtra, RecipeError
 
 if TYPE_CHECKING:
     import torch
@@ -208,7 +209,7 @@ def _from_file(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except _FOREIGN as error:
         del sys.modules[name]
-        raise RecipeError(f"task module {path} cannot be imported: {type(error).__name__}: {error}") from error
+        raise _not_importable(f"task module {path}", error) from error
     return module
 
 
@@ -216,7 +217,10 @@ def _from_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except _FOREIGN as error:
-        raise RecipeError(
-            f"task module '{name}' cannot be imported: {type(error).__name__}: {error}",
-            hint="Name a file ending in .py or an importable module.",
-        ) from error
+        hint = "Name a file ending in .py or an importable module."
+        raise _not_importable(f"task module '{name}'", error, hint=hint) from error
+
+
+def _not_importable(what: str, error: Exception, *, hint: str = "") -> ConfigError:
+    missing = MissingExtra.of(error) if isinstance(error, ImportError) else None
+    return missing or RecipeError(f"{what} cannot be imported: {type(error).__name__}: {error}", hint=hint)

@@ -76,9 +76,31 @@ def test_an_out_folder_that_cannot_be_written_is_exit_code_six(
     tiny_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    arguments = ["compress", str(tiny_run.recipe), "--out", str(tmp_path / "file"), "--cache", str(tiny_run.cache)]
-    assert main(arguments) == 6
-    assert "cannot write" in capsys.readouterr().err
+    for option, other in (("--out", "--cache"), ("--cache", "--out")):
+        arguments = ["compress", str(tiny_run.recipe), option, str(tmp_path / "file"), other, str(tmp_path / "new")]
+        assert main(arguments) == 6
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == 1, "it is told before any work"
+        assert "cannot write" in told[0]
+        assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", [["compress", "RECIPE", "--out", "OUT"], ["serve", "--config", "none.toml"]])
+def test_without_the_extra_a_command_names_it_in_one_line(
+    tmp_path: Path, tiny_recipe: Path, command: list[str]
+) -> None:
+    program = (
+        "import sys\nfrom compressor.errors import EXTRA\nsys.modules.update(dict.fromkeys(EXTRA))\n"
+        "from compressor.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    places = {"RECIPE": str(tiny_recipe), "OUT": str(tmp_path / "out")}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, *(places.get(word, word) for word in command)], capture_output=True, text=True
+    )
+    assert ended.returncode == 2
+    assert len(ended.stderr.splitlines()) == 1
+    assert "the extra [compressor]" in ended.stderr
+    assert "pip install 'edgewarden[compressor]'" in ended.stderr
 
 
 def test_json_is_the_whole_of_standard_output(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from agent.contract.errors import Corrupt, StorageError
-from compressor.files import dump_arrays, load_arrays, write_file
+from compressor.files import dump_arrays, load_arrays, try_folder, write_file
 
 
 def test_arrays_become_the_same_bytes_whatever_their_order() -> None:
@@ -43,3 +43,19 @@ def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         write_file(tmp_path / "file" / "below", b"")
+
+
+def test_trying_a_folder_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    try_folder(tmp_path / "deep" / "deeper")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "kept").write_text("")
+    try_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_and_its_parents_are_not_left(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "new" / ("x" * 300)):
+        with pytest.raises(StorageError, match="cannot write"):
+            try_folder(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from agent.contract.artifact import MANIFEST, canonical, open_artifact
+from agent.contract.errors import StorageError
 from agent.engine import check_golden, load_golden
+from compressor.package import write_artifact
 from compressor.stages.naming import VIEW_OUTPUT
 from tests.compressor.conftest import Run
 
@@ -83,3 +86,11 @@ def test_golden_inputs_are_answered_by_the_shipped_file(tiny_run: Run) -> None:
     golden = load_golden(artifact.path("golden"))
     assert golden.inputs["wave"].shape == (4, 32, 3)
     assert check_golden(OnnxEngine.load(artifact.path("model")), golden).passed
+
+
+def test_an_artifact_that_cannot_be_written_leaves_the_former_and_nothing_half_done(tmp_path: Path) -> None:
+    write_artifact(tmp_path / "wrist", {"card.json": b"first"})
+    with pytest.raises(StorageError):
+        write_artifact(tmp_path / "wrist", {"card.json": b"second", "card.json/below": b""})
+    assert [path.name for path in tmp_path.iterdir()] == ["wrist"]
+    assert (tmp_path / "wrist" / "card.json").read_bytes() == b"first"
