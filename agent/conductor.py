@@ -49,14 +49,22 @@ from agent.updater import Told
 
 SAVE_MONITORS_S = 30.0
 RESERVE_S = 60.0
+FAR_S, FAR_REQUESTS = 86_400.0, 16
 
 
 class DecisionClock:
-    """Whose time decides: the wall's, or the newest timestamp of the data (which never goes back)."""
+    """Whose time decides: the wall's, or the newest timestamp of the data (which never goes back).
+
+    A timestamp more than FAR_S ahead is a client's mistake, until FAR_REQUESTS in a row agree on it: then the sensor
+    was off for so long. The first one since the start is believed.
+    """
 
     def __init__(self, source: str, newest_s: float) -> None:
         self._of_data = source == "data"
         self._newest_s = newest_s
+        self._bound_s = math.inf  # how far the next timestamp may lie
+        self._far_s, self._far_requests = math.inf, 0
+        self.ignored = 0  # requests
 
     def now_s(self) -> float:
         return self._newest_s if self._of_data else wall_s()
@@ -66,11 +74,22 @@ class DecisionClock:
         if not self._of_data or not len(records):
             yield records
             return
-        seconds = np.floor(np.nan_to_num(records["data_time_s"], nan=-1.0))
-        for part in np.split(records, np.flatnonzero(np.diff(seconds)) + 1):
-            newest_s = float(np.nanmax(part["data_time_s"], initial=-math.inf, where=~np.isnan(part["data_time_s"])))
-            self._newest_s = max(self._newest_s, newest_s)
-            yield part
+        times_s = np.where(np.isfinite(records["data_time_s"]), records["data_time_s"], -1.0)
+        for part in np.split(np.arange(len(records)), np.flatnonzero(np.diff(np.floor(times_s))) + 1):
+            if times_s[part[0]] >= 0.0:
+                self._see(float(times_s[part].max()), int(np.count_nonzero(records["row"][part] == 0)))
+            yield records[part[0] : part[-1] + 1]
+
+    def _see(self, time_s: float, requests: int) -> None:
+        if time_s > self._bound_s:
+            self._far_requests = requests + (self._far_requests if abs(time_s - self._far_s) <= FAR_S else 0)
+            self._far_s = time_s
+            if self._far_requests < FAR_REQUESTS:
+                self.ignored += requests
+                return
+        self._far_requests = 0
+        self._newest_s = max(self._newest_s, time_s)
+        self._bound_s = self._newest_s + FAR_S
 
 
 @dataclass(slots=True)
@@ -107,6 +126,7 @@ class Conductor:
             admits=self._admits,
         )
         self._window_from_s = wall_s()
+        self._told_totals: dict[str, int] = {}  # what telemetry windows have counted already
         self._start_timer: asyncio.TimerHandle | None = None
         self._next_read: asyncio.Handle | None = None
         self._stopping = False
@@ -237,11 +257,15 @@ class Conductor:
     def send_telemetry(self) -> None:
         fields = add_up((name, monitor.take_window()) for name, monitor in self._parts.monitors.items())
         outbox = self._parts.outbox.statistics()
-        fields["counters"] |= {
-            "outbox.dropped": int(outbox["dropped"] + outbox["expired"] + outbox["refused"]),  # since the boot
+        totals = {
+            "outbox.dropped": int(outbox["dropped"] + outbox["expired"] + outbox["refused"]),
+            "outbox.unwanted": int(outbox["unwanted"]),
             "ring.gaps": self._parts.intake.statistics()["gaps"],
             "agent.faults": self.faults,
+            "clock.ignored": self.clock.ignored,
         }
+        fields["counters"] |= {name: total - self._told_totals.get(name, 0) for name, total in totals.items()}
+        self._told_totals = totals
         rows = sum(count for name, count in fields["counters"].items() if name.endswith(".rows"))
         fields["power"] = self._parts.vitals.take_power_window(inferences=rows)
         fields["gauges"] = self._parts.vitals.gauges()
