@@ -290,7 +290,8 @@ def _only_service(models: list[dict[str, Any]]) -> str:
 def _show(document: dict[str, Any], *, clear: bool) -> None:
     from agent.screen import Look, draw
 
-    width = shutil.get_terminal_size((100, 40)).columns
+    # whoever reads a pipe or a file wants whole sentences
+    width = shutil.get_terminal_size((100, 40)).columns if sys.stdout.isatty() else 0
     print(
         ("\033[H\033[2J" if clear and sys.stdout.isatty() else "") + draw(document, Look(width, _colour())),
         flush=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from agent.metrics import Sample, latency_samples, one_of
 from agent.parts import Parts
 
 UNANSWERED = ("error", "deadline", "overloaded")
+MEASURED = re.compile(r"evidence.*|share_.*|.*_(s|us)")
+"""Names of flat numbers that are measured; the others are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,8 @@ def worker(sources: Sources) -> dict[str, Any]:
         "generation": current.number if current else 0,
         "phase": current.phase.value if current else ("starting" if sources.generations.is_starting else "none"),
         "losses": counted["losses"],
-        "statistics": current.statistics if current else {},
-        **sources.generations.statistics(),
+        "statistics": _whole(current.statistics) if current else {},
+        **_whole(sources.generations.statistics()),
     }
 
 
@@ -107,10 +110,10 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "latency_p95_us": latency.get("p95_us"),
         "latency_p99_us": latency.get("p99_us"),
         "budget_p95_us": blueprint.monitor.latency_p95_us or None,
-        "latency": watched["latency"],
-        "budget": watched["budget"],
+        "latency": {engine: _whole(numbers) for engine, numbers in watched["latency"].items()},
+        "budget": _whole(watched["budget"]),
         "guards": watched["guards"],
-        "drift": watched["drift"],
+        "drift": _whole(watched["drift"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
         "problems": list(blueprint.problems),
     }
@@ -159,6 +162,14 @@ def _latency_of(by_engine: Mapping[str, Mapping[str, float | None]], serving: st
     if (by_engine[serving]["count"] or 0) > 0:
         return by_engine[serving]
     return max(by_engine.values(), key=lambda one: one["count"] or 0)
+
+
+def _whole(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The same numbers with counters as integers: parts and worker hand all of theirs on as floats."""
+    return {
+        name: int(value) if isinstance(value, float) and not MEASURED.fullmatch(name) else value
+        for name, value in numbers.items()
+    }
 
 
 def _event(line: Line) -> dict[str, Any]:

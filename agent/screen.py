@@ -5,6 +5,7 @@ Plain words first: who answers and why; numbers beside what they are judged agai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from agent.clock import iso
 
 Document = Mapping[str, Any]
 LABEL = 12  # columns of the first column
+ESCAPE = re.compile("\033\\[[0-9;]*m")
 COLOURS = {"green": "32", "yellow": "33", "red": "31", "dim": "2", "bold": "1"}
 OF_HEALTH = {"healthy": "green", "degraded": "yellow", "failing": "red"}
 OF_SEVERITY = {"critical": "red", "error": "red", "warning": "yellow"}
@@ -26,7 +28,7 @@ OF_UPDATE = {
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """How wide, and whether colours may be used."""
+    """How wide (0 = as wide as it takes), and whether colours may be used."""
 
     width: int = 100
     colour: bool = False
@@ -35,9 +37,17 @@ class Look:
         code = COLOURS.get(colour)
         return f"\033[{code}m{text}\033[0m" if self.colour and code and text else text
 
-    def cut(self, text: str, used: int = LABEL) -> str:
-        room = max(20, self.width - used)
-        return text if len(text) <= room else text[: room - 1] + "…"
+    def cut(self, line: str) -> str:
+        """A line no wider than the screen; colours take no room."""
+        if not self.width or len(ESCAPE.sub("", line)) <= self.width:
+            return line
+        kept, room = "", self.width - 1
+        for part in re.split(f"({ESCAPE.pattern})", line):
+            if ESCAPE.fullmatch(part):
+                kept += part
+            else:
+                kept, room = kept + part[:room], room - min(len(part), room)
+        return kept + "…"
 
 
 def draw(status: Document, look: Look) -> str:
@@ -52,7 +62,7 @@ def draw(status: Document, look: Look) -> str:
         "",
         *_events(status["events"], look),
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(look.cut(line.rstrip()) for line in lines)
 
 
 # --- parts -------------------------------------------------------------------------------------------------
@@ -75,13 +85,13 @@ def _head(status: Document, look: Look) -> Iterator[str]:
 def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     health = look.paint(service["health"], OF_HEALTH.get(service["health"], ""))
     yield f"{look.paint(service['name'], 'bold')}  {health}"
-    colour = "" if service["serving"] == service["preferred"] else "yellow"
+    colour = "" if service["serving"] == service["preferred"] and not service["missing"] else "yellow"
     yield _row("serves", look.paint(service["serving"], colour) + _position(service, clock))
-    yield _row("why", look.cut(service["reason"]))
-    for complaint in service["complaints"]:
-        yield _row("", look.paint(look.cut(complaint), "yellow"))
+    yield _row("why", service["reason"])
+    for complaint in _complaints(service):
+        yield _row("", look.paint(complaint, "yellow"))
     for problem in service["problems"]:
-        yield _row("problem", look.paint(look.cut(problem), "red"))
+        yield _row("problem", look.paint(problem, "red"))
     yield _row("engines", "  ".join(_engine(engine, service, look) for engine in service["engines"]))
     yield _row("requests", _requests(service, look))
     yield _row("latency", _latency(service, look))
@@ -89,9 +99,19 @@ def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     yield _row("drift", _drift(service, look))
 
 
+def _complaints(service: Document) -> Iterator[str]:
+    """Without what the line above them says."""
+    reason = service["reason"]
+    for complaint in service["complaints"]:
+        if complaint not in (reason, f"{service['phase']}: {reason}"):
+            yield complaint.removesuffix(f" ({reason})")
+
+
 def _position(service: Document, clock: Document) -> str:
     words = {"preferred": "the preferred engine", "fallback": "a fallback", "pinned": "pinned by an operator"}
     text = words.get(service["phase"], f"on {service['phase']}")
+    if service["missing"] and service["phase"] == "preferred":
+        text = "the best of what is here"
     if clock["source"] == "wall":
         text += f" since {duration(max(0.0, clock['now_s'] - service['since_s']))}"
     check_s = service["next_check_in_s"]
@@ -184,10 +204,10 @@ def _link(status: Document, look: Look) -> Iterator[str]:
         f"{state} · {link['broker']} ({secure}) · {link['published']:,} published, {link['in_flight']} on their way",
     )
     if link["error"]:
-        yield _row("", look.paint(look.cut(link["error"]), "yellow"))
+        yield _row("", look.paint(link["error"], "yellow"))
     if link["unheard"]:
         words = ", ".join(topic.split("/", 4)[-1] for topic in link["unheard"])
-        yield _row("", look.paint(look.cut(f"nobody subscribes to this device's {words}"), "yellow"))
+        yield _row("", look.paint(f"nobody subscribes to this device's {words}", "yellow"))
     dropped = int(outbox["dropped"] + outbox["expired"] + outbox["refused"])
     text = f"{int(outbox['rows']):,} waiting, {size(outbox['bytes'])} of {size(outbox['max_bytes'])}"
     yield _row("outbox", text + " · " + look.paint(f"{dropped:,} dropped", "red" if dropped else ""))
@@ -206,9 +226,9 @@ def _update(update: Document, look: Look) -> Iterator[str]:
     desired = f"desired version {update['desired_version']}: " if update["desired_version"] else ""
     yield _row("update", f"{desired}{state}{_journey(update)}{moved}{attempt}")
     if update["code"]:
-        yield _row("", look.paint(look.cut(f"{update['code']}: {update['text']}"), "yellow"))
+        yield _row("", look.paint(f"{update['code']}: {update['text']}", "yellow"))
     elif update["waiting"]["code"]:
-        yield _row("", look.paint(look.cut(f"waits: {update['waiting']['text']}"), "yellow"))
+        yield _row("", look.paint(f"waits: {update['waiting']['text']}", "yellow"))
     if orders["refused"]:
         counts = ", ".join(f"{count} {code}" for code, count in sorted(orders["refused"].items()))
         yield _row("", look.paint(f"refused documents: {counts}", "yellow"))
@@ -226,7 +246,7 @@ def _events(events: list[Document], look: Look) -> Iterator[str]:
     yield look.paint("last events (UTC)", "dim")
     for event in events[-8:]:
         time = iso(event["at"])[11:19]
-        text = look.cut(f"{event['event']}: {event['text']}", used=11)
+        text = f"{event['event']}: {event['text']}"
         yield f"  {time} {look.paint(text, OF_SEVERITY.get(event['severity'], ''))}"
 
 

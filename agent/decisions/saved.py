@@ -84,6 +84,8 @@ def _read_service(policy: ServicePolicy, fields: Mapping[str, Any]) -> ServiceSt
     stay = fields["stay"]
     if stay["engine"] not in policy.engines:
         return None
+    if stay["phase"] in (Phase.PREFERRED, Phase.PROBATION) and stay["engine"] != policy.preferred:
+        return None  # another engine was the preferred one then: its stay leads nowhere now
     known = set(policy.engines)
     return ServiceState(
         stay=Stay(**{**stay, "phase": Phase(stay["phase"])}),

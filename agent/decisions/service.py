@@ -125,7 +125,8 @@ class Move:
 
 
 def start(policy: ServicePolicy, now_s: float) -> ServiceState:
-    return ServiceState(fallback.start(policy.preferred, now_s, policy.limits), health.start(now_s), now_s)
+    stay = fallback.start(policy.preferred, now_s, policy.limits)
+    return ServiceState(replace(stay, reason=policy.missing or stay.reason), health.start(now_s), now_s)
 
 
 # --- decisions ---------------------------------------------------------------------------------------------

@@ -89,6 +89,9 @@ def test_a_service_without_its_configured_active_model_is_degraded_and_says_so(
     assert (status["serving"], status["health"], status["complaints"]) == (
         "wrist-accel", "degraded", [made.policy.missing]
     )  # fmt: skip
+    assert status["reason"] == made.policy.missing
+    (repaired,) = draw_up(configure(artifacts))
+    assert Supervisor([repaired.policy], supervisor.state()).serving("wrist") == "wrist"
 
 
 def test_without_any_sound_model_every_fault_is_told(artifacts: dict[str, Path], tmp_path: Path) -> None:

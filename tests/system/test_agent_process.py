@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from agent.client import Client
-from agent.contract.errors import UnknownModel
+from agent.contract.errors import InvalidRequest, UnknownModel
 from tests.artifacts import gyro_off, record
 from tests.system.conftest import Agent, Load, wait_until
 
@@ -42,6 +42,29 @@ def test_the_agent_process_never_loads_the_runtime_and_the_worker_no_broker_or_d
     assert any("_sqlite3" in name for name in ours)
 
 
+def test_a_sensor_that_sends_no_numbers_is_refused_only_until_an_engine_serves_that_does_not_read_it(
+    agent: Agent,
+) -> None:
+    agent.start()
+    windows = record(seed=9).windows.copy()
+    windows[:, :, 3:] = np.nan
+    broken = iter(windows)
+    with Client(agent.address) as client:
+        with pytest.raises(InvalidRequest, match="NaN or infinity in channel gx, gy, gz"):
+            client.infer("wrist", {"window": next(broken)[None]})
+
+        def answered() -> bool:
+            try:
+                return client.infer("wrist", {"window": next(broken)[None]}).served_by == "wrist-accel"
+            except InvalidRequest:
+                return False
+
+        wait_until(answered, "the fallback answers")
+        answer = client.infer("wrist", {"window": next(broken)[None]})
+    assert answer.guard == "not_finite:gx,gy,gz"
+    assert agent.service()["why"] == "fault"
+
+
 def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) -> None:
     agent.start()
     data = record(seed=9)
@@ -56,6 +79,12 @@ def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) 
         wait_until(switched, "the fallback answers")
         answer = client.infer("wrist", {"window": next(broken)[None]})
     assert answer.guard == "dead:gx,gy,gz"
+    assert answer.reason.startswith("switched: ")
+    status = agent.status()
+    counted = [status["services"][0]["drift"]["rows"], status["services"][0]["latency"]["wrist"]["count"]]
+    wait_until(lambda: agent.status()["worker"]["statistics"], "it answers pings")
+    counted.append(agent.status()["worker"]["statistics"]["requests"])
+    assert [type(number) for number in counted] == [int, int, int]
     service = agent.service()
     assert (service["serving"], service["why"]) == ("wrist-accel", "fault")
     assert service["guards"] == {"dead": ["gx", "gy", "gz"]}
