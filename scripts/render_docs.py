@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import json
 import sys
+from enum import EnumType
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
+import agent.ota.errors
+import agent.session
+import compressor.errors
+import compressor.fleet.http
+import compressor.reference
 from agent.config import AgentConfig, ServiceSection
 from agent.contract import artifact, errors, messages
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs/reference"
+ERROR_MODULES = {
+    errors: "Device and host",
+    agent.session: "The link",
+    agent.ota.errors: "Updates (device)",
+    compressor.errors: "Compressor (host)",
+    compressor.reference: "Drift references (host)",
+    compressor.fleet.http: "Answers to devices (host)",
+}
 
 
 def pages() -> dict[str, str]:
@@ -47,12 +64,30 @@ def configuration() -> str:
             "",
             f"## [[{name}]]" if name == "service" else f"## [{name}]",
             "",
-            "| key | default | meaning |",
-            "|---|---|---|",
+            "| key | values | default | meaning |",
+            "|---|---|---|---|",
         ]
         for key, field in model.model_fields.items():
-            lines.append(f"| `{key}` | {_default(field)} | {field.description} |")
+            lines.append(f"| `{key}` | {_values(field)} | {_default(field)} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+def _values(field: FieldInfo) -> str:
+    """What may be written: the words of a choice, a number with its bounds, or the kind of value."""
+    kind = field.annotation
+    if get_origin(kind) is list:
+        return "list"
+    kinds = [one for one in get_args(kind) or (kind,) if one is not NoneType]
+    words = [word for one in kinds for word in (one if isinstance(one, EnumType) else [one])]
+    if not any(isinstance(word, type) for word in words):
+        return ", ".join(f"`{json.dumps(word)}`" for word in words)
+    name = {bool: "`true`, `false`", int: "integer", float: "number", Path: "path"}.get(kinds[0], "text")
+    return ", ".join([name, *(bound for rule in field.metadata for bound in _bounds(rule))])
+
+
+def _bounds(rule: object) -> list[str]:
+    limits = {sign: getattr(rule, name, None) for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<"))}
+    return [f"{sign} {limit:_}".removesuffix(".0") for sign, limit in limits.items() if limit is not None]
 
 
 def _default(field: object) -> str:
@@ -68,21 +103,23 @@ def error_codes() -> str:
     lines = [
         "# Error codes",
         "",
-        "Made from `agent/contract/errors.py` by `scripts/render-docs`. `code` travels in messages and reports; the",
-        "exit code is what a command returns when this error ends it.",
-        "",
-        "| error | code | exit code | may succeed later |",
-        "|---|---|---|---|",
+        "Made from the error classes by `scripts/render-docs`. `code` travels in messages and reports; the exit code",
+        "is what a command returns when this error ends it (9 means no running agent to `edgewarden-agent`, missing or",
+        "unfit data to `edgewarden-compressor`). A wrong command line exits 2, an interrupt 130.",
     ]
-    for error in _tree(errors.EdgewardenError):
-        later = "yes" if error.retryable else "no"
-        lines.append(f"| {error.__name__} | `{error.code}` | {error.exit_code} | {later} |")
+    every = _tree(errors.EdgewardenError)
+    for module, title in ERROR_MODULES.items():
+        lines += ["", f"## {title}", ""]
+        lines += ["| error | code | exit code | may succeed later |", "|---|---|---|---|"]
+        for error in every:
+            if error.__module__ == module.__name__:
+                later = "yes" if error.retryable else "no"
+                lines.append(f"| {error.__name__} | `{error.code}` | {error.exit_code} | {later} |")
     return "\n".join(lines) + "\n"
 
 
 def _tree(error: type[errors.EdgewardenError]) -> list[type[errors.EdgewardenError]]:
-    mine = [kind for kind in error.__subclasses__() if kind.__module__ == errors.__name__]
-    return [error] + [below for kind in mine for below in _tree(kind)]
+    return [error] + [below for kind in error.__subclasses__() for below in _tree(kind)]
 
 
 def main() -> int:

@@ -30,3 +30,23 @@ def test_every_script_and_link_a_page_names_exists(page):
 
 def test_every_configuration_key_has_a_meaning():
     assert "None |" not in pages()["agent-config.md"]
+
+
+def test_choices_and_bounds_of_a_key_are_listed():
+    page = pages()["agent-config.md"]
+    for row in (
+        '| `not_finite` | `"refuse"`, `"impute"`, `"clip"`, `"pass"` | none |',
+        '| `delete_after` | `"puback"`, `"host"` | `"puback"` |',
+        "| `keepalive_s` | integer, ≥ 5, ≤ 3_600 | `30` |",
+    ):
+        assert row in page
+
+
+def test_errors_of_updates_and_of_the_compressor_are_listed_with_their_exit_codes():
+    page = pages()["errors.md"]
+    for row in (
+        "GoldenMismatch | `golden_mismatch` | 4",
+        "DataError | `data` | 9",
+        "GateFailed | `gate_failed` | 11",
+    ):
+        assert row in page
