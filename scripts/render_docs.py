@@ -33,7 +33,7 @@ ERROR_MODULES = {
 
 def pages() -> dict[str, str]:
     """Every generated page by its path below docs/reference."""
-    schemas = {
+    schemas: dict[str, type[BaseModel]] = {
         "status": messages.Status,
         "birth": messages.Birth,
         "reported": messages.Reported,
@@ -104,7 +104,7 @@ def error_codes() -> str:
         "# Error codes",
         "",
         "Made from the error classes by `scripts/render-docs`. `code` travels in messages and reports; the exit code",
-        "is what a command returns when this error ends it (9 means no running agent to `edgewarden-agent`, missing or",
+        "is what a command returns when this error ends it (9 is no running agent to `edgewarden-agent`, missing or",
         "unfit data to `edgewarden-compressor`). A wrong command line exits 2, an interrupt 130.",
     ]
     every = _tree(errors.EdgewardenError)
