@@ -6,6 +6,7 @@ a device class.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,23 +59,27 @@ def failed(gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
     return tuple(gate for gate in gates if not gate.passed)
 
 
-def refuse(device: DeviceClassTable, kind: str, candidates: tuple[Candidate, ...]) -> GateFailed:
-    """The error for a device class nothing fits: names the candidate that came closest and what stopped it."""
+def refuse(
+    device: DeviceClassTable, kind: str, candidates: tuple[Candidate, ...], *, slower: Mapping[str, Gate]
+) -> GateFailed:
+    """The error for a device class nothing fits: names the candidate that came closest and what stopped it.
+
+    `slower`: by name, the gate of a variant that is not faster than its float parent.
+    """
 
     def stops(candidate: Candidate) -> tuple[Gate, ...]:
         own = class_gates(device, latency_us=candidate.latency.cpu_p20_us, size_bytes=candidate.variant.size_bytes)
-        return failed(candidate.gates + own)
+        held = (slower[candidate.name],) if candidate.name in slower else ()
+        return failed(candidate.gates + own + held)
 
     def distance(candidate: Candidate) -> tuple[int, float]:
         gates = stops(candidate)
         return len(gates), max((gate.excess for gate in gates), default=0.0)
 
     closest = min(candidates, key=distance)
-    gates = stops(closest)
-    if not gates:
-        gates = (Gate("accuracy", 0.0, 0.0),)
+    first = stops(closest)[0]
     return GateFailed(
-        gates[0].name, gates[0].measured, gates[0].limit,
+        first.name, first.measured, first.limit,
         subject=f"every {kind} for device class '{device.name}'; the closest was '{closest.name}'",
         hint="Loosen the limit in the recipe, or offer another model.",
     )  # fmt: skip

@@ -59,9 +59,11 @@ def _fallback(
     except GateFailed:
         if former is None:
             raise
+    slower = _all_slower(own, rules)
     refused = [
-        Verdict(one.name, device.name, False, _refusals(failed(_gates(one, device))), "", _gates(one, device))  # noqa: FBT003
+        Verdict(one.name, device.name, False, _refusals(failed(gates)) or slower[one.name].text, "", gates)  # noqa: FBT003
         for one in own
+        for gates in (_gates(one, device),)
     ]
     why = "kept as it was: no successor passes every gate"
     return (*refused, Verdict(former.name, device.name, True, why, why))  # noqa: FBT003
@@ -80,16 +82,17 @@ def choose(
         GateFailed: no candidate passes every gate of this device class.
     """
     gates = {candidate.name: _gates(candidate, device) for candidate in candidates}
-    slower = {c.name: text for c in candidates if (text := _not_worth_it(c, candidates, rules))}
+    slower = _all_slower(candidates, rules)
     eligible = [c for c in candidates if not failed(gates[c.name]) and c.name not in slower]
     if not eligible:
-        raise refuse(device, kind, tuple(candidates))
+        raise refuse(device, kind, tuple(candidates), slower={name: found.gate for name, found in slower.items()})
+    left_out = [c.name for c in candidates if not failed(gates[c.name]) and c.name in slower]
     winner = _best(eligible, device, rules)
     verdicts = []
     for candidate in candidates:
         chosen = candidate is winner
         if chosen:
-            reason, plain = _why_chosen(candidate, eligible, device, rules)
+            reason, plain = _why_chosen(candidate, eligible, left_out, device, rules)
         else:
             reason, plain = _why_not(candidate, winner, gates[candidate.name], slower, device, rules), ""
         verdicts.append(Verdict(candidate.name, device.name, chosen, reason, plain, gates[candidate.name]))
@@ -120,21 +123,48 @@ def _gates(candidate: Candidate, device: DeviceClassTable) -> tuple[Gate, ...]:
     )
 
 
-def _not_worth_it(candidate: Candidate, candidates: Sequence[Candidate], rules: SelectTable) -> str:
-    """Why an 8 bit variant is refused against its float parent; "" when it is not."""
+@dataclass(frozen=True, slots=True)
+class _Slower:
+    """An 8 bit variant that is not clearly faster than its float parent."""
+
+    candidate: Candidate
+    parent: Candidate
+    min_speedup: float
+
+    @property
+    def gate(self) -> Gate:
+        limit_us = self.parent.latency.cpu_p20_us / self.min_speedup
+        return Gate("speed", self.candidate.latency.cpu_p20_us, limit_us, "us of CPU per row")
+
+    @property
+    def text(self) -> str:
+        mine_us, theirs_us = self.candidate.latency.cpu_p20_us, self.parent.latency.cpu_p20_us
+        smaller = "smaller, but " if self.candidate.variant.size_bytes < self.parent.variant.size_bytes else ""
+        if mine_us > theirs_us:
+            how = f"slower than its float parent by {_percent(mine_us / theirs_us - 1)}"
+        else:
+            how = f"not faster than its float parent by {_percent(self.min_speedup - 1)}"
+        return f"{smaller}{how}: not shipped ({mine_us:.1f} against {theirs_us:.1f} us of CPU)"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
+
+
+def _all_slower(candidates: Sequence[Candidate], rules: SelectTable) -> dict[str, _Slower]:
+    return {c.name: found for c in candidates if (found := _slower(c, candidates, rules))}
+
+
+def _slower(candidate: Candidate, candidates: Sequence[Candidate], rules: SelectTable) -> _Slower | None:
     if candidate.variant.precision == "float32":
-        return ""
+        return None
     parents = [
         c for c in candidates
         if c.variant.model.name == candidate.variant.model.name and c.variant.precision == "float32"
     ]  # fmt: skip
-    if not parents:
-        return ""
-    mine, theirs = candidate.latency.cpu_p20_us, parents[0].latency.cpu_p20_us
-    if mine * rules.min_speedup <= theirs:
-        return ""
-    how = "slower" if mine > theirs else "not clearly faster"
-    return f"{how} than its float parent ({mine:.1f} against {theirs:.1f} us of CPU): smaller alone is not enough"
+    if not parents or candidate.latency.cpu_p20_us * rules.min_speedup <= parents[0].latency.cpu_p20_us:
+        return None
+    return _Slower(candidate, parents[0], rules.min_speedup)
 
 
 def _best(eligible: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable) -> Candidate:
@@ -146,10 +176,14 @@ def _best(eligible: Sequence[Candidate], device: DeviceClassTable, rules: Select
 
 
 def _why_chosen(
-    winner: Candidate, eligible: Sequence[Candidate], device: DeviceClassTable, rules: SelectTable
-) -> tuple[str, str]:
-    """(sentence with measured times, sentence without)."""
+    winner: Candidate, eligible: Sequence[Candidate], left_out: Sequence[str], device: DeviceClassTable,
+    rules: SelectTable,
+) -> tuple[str, str]:  # fmt: skip
+    """(sentence with measured times, sentence without). `left_out`: within budget, refused for speed."""
     budget = f"within the budget of '{device.name}'"
+    if left_out:
+        parents = "its float parent" if len(left_out) == 1 else "their float parents"
+        budget += f", {', '.join(left_out)} left aside (not clearly faster than {parents})"
     if len(eligible) == 1:
         plain = f"the only candidate {budget}"
     elif device.prefer == "size":
@@ -160,18 +194,18 @@ def _why_chosen(
             plain = f"the most accurate of {len(eligible)} candidates {budget}"
         else:
             plain = f"the smallest of those within {rules.tie:g} of the most accurate {budget}"
-    facts = f"accuracy {winner.accuracy[RANK]:.3f} over harmless variations, {winner.variant.size_bytes:,} bytes"
+    facts = f"accuracy {_share(winner.accuracy[RANK])} over harmless variations, {winner.variant.size_bytes:,} bytes"
     return f"{plain}: {facts}, {winner.latency.cpu_p20_us:.0f} us of CPU", f"{plain}: {facts}"
 
 
 def _why_not(
-    candidate: Candidate, winner: Candidate, gates: tuple[Gate, ...], slower: dict[str, str],
+    candidate: Candidate, winner: Candidate, gates: tuple[Gate, ...], slower: dict[str, _Slower],
     device: DeviceClassTable, rules: SelectTable,
 ) -> str:  # fmt: skip
     if broken := failed(gates):
         return _refusals(broken)
     if candidate.name in slower:
-        return slower[candidate.name]
+        return slower[candidate.name].text
     if device.prefer == "size":
         return f"larger than '{winner.name}' ({candidate.variant.size_bytes:,} against {winner.variant.size_bytes:,})"
     difference = winner.accuracy[RANK] - candidate.accuracy[RANK]
@@ -190,6 +224,11 @@ def _refusal(gate: Gate) -> str:
     relation = "below" if gate.at_least else "above"
     unit = f" {gate.unit}" if gate.unit else ""
     return f"{gate.name} {figure(gate.measured)}{unit} is {relation} {figure(gate.limit)}"
+
+
+def _share(accuracy: float) -> str:
+    """As tables have it: reports keep four digits, of which people are shown three."""
+    return f"{round(accuracy, 4):.3f}"
 
 
 def figure(value: float) -> str:

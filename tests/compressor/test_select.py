@@ -61,7 +61,54 @@ def test_a_file_slower_than_its_float_parent_never_ships() -> None:
     ]
     verdicts = choose(pool, device(prefer="size"), RULES, kind="model")
     assert chosen(verdicts).candidate == "m"
-    assert "slower than its float parent" in verdicts[1].reason
+    assert verdicts[1].reason == (
+        "smaller, but slower than its float parent by less than 1 %: not shipped (20.1 against 20.0 us of CPU)"
+    )
+
+
+C12 = [
+    candidate("c12", 0.95, 38.8, 900, model="c12"),
+    candidate("c12-int8", 0.95, 39.9, 400, model="c12", precision="int8"),
+]
+
+
+@pytest.mark.parametrize("prefer", ["size", "accuracy"])
+def test_the_only_one_left_says_who_was_left_aside(prefer: str) -> None:
+    verdicts = choose(C12, device(prefer=prefer), RULES, kind="model")
+    left = (
+        "the only candidate within the budget of 'd', c12-int8 left aside (not clearly faster than its float parent)"
+    )
+    assert verdicts[0].plain_reason.startswith(f"{left}: accuracy 0.950")
+    assert "slower than its float parent by 3 %: not shipped (39.9 against 38.8 us of CPU)" in verdicts[1].reason
+
+
+def test_the_smallest_of_several_says_who_was_left_aside() -> None:
+    verdicts = choose([*C12, candidate("big", 0.9, 10, 950)], device(prefer="size"), RULES, kind="model")
+    assert "the smallest of 2 candidates within the budget of 'd', c12-int8 left aside" in verdicts[0].reason
+
+
+def test_one_that_fails_a_gate_anyway_is_not_called_left_aside() -> None:
+    pool = [C12[0], candidate("c12-int8", 0.95, 39.9, 400, model="c12", precision="int8", passed=False)]
+    verdicts = choose(pool, device(), RULES, kind="model")
+    assert "left aside" not in verdicts[0].reason
+    assert verdicts[1].reason == "accuracy 1 is above 0.5"
+
+
+def test_a_little_faster_is_told_apart_from_slower() -> None:
+    pool = [C12[0], candidate("c12-int8", 0.95, 38.0, 1000, model="c12", precision="int8")]
+    reason = choose(pool, device(), RULES, kind="model")[1].reason
+    assert reason == "not faster than its float parent by 5 %: not shipped (38.0 against 38.8 us of CPU)"
+
+
+def test_when_only_the_speed_against_the_parent_is_in_the_way_it_is_named() -> None:
+    with pytest.raises(GateFailed, match="closest was 'c12-int8'") as caught:
+        choose(C12, device(size=500), SelectTable(min_speedup=1.0), kind="model")
+    assert (caught.value.gate, caught.value.measured, caught.value.limit) == ("speed", 39.9, 38.8)
+
+
+def test_reasons_round_as_tables_do() -> None:
+    (only,) = choose([candidate("m", 0.99349, 10, 90)], device(), RULES, kind="model")
+    assert "accuracy 0.994" in only.reason  # a report has 0.9935, of which people are shown 0.994
 
 
 def test_a_file_clearly_faster_than_its_parent_may_ship() -> None:
@@ -117,6 +164,14 @@ def test_a_fallback_whose_successors_fail_stays_as_it_was() -> None:
     assert (refused.chosen, stays.chosen) == (False, True)
     assert "accuracy 1 is above 0.5" in refused.reason
     assert "kept" in stays.reason
+
+
+def test_a_fallback_kept_because_its_successor_is_slower_says_so() -> None:
+    pool = [candidate("net", 0.99, 10, 90), *(as_fallback(one) for one in C12)]
+    former = as_fallback(candidate("c12-kept", 0.8, 10, 90, model="c12"))
+    lineup = choose_lineup(pool, device(size=500), RULES, service="wrist", kept=[former])
+    assert [bool(verdict.reason) for verdict in lineup.fallback_verdicts] == [True, True, True]
+    assert "slower than its float parent" in lineup.fallback_verdicts[1].reason
 
 
 def test_a_fallback_whose_successor_passes_is_replaced() -> None:
