@@ -1,6 +1,7 @@
 """A recipe file: TOML read once into frozen, typed values. Unknown keys are refused with the nearest name.
 
-Every error carries file and line. Overrides (`--set`) are applied before validation, so they are checked alike.
+Every error carries file and line, or the override (`--set`) that is to blame: overrides are applied before
+validation, so they are checked alike. All problems are told at once, unknown keys first.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import difflib
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -20,8 +23,13 @@ from compressor.calibrators import Calibrator
 from compressor.errors import RecipeError
 from compressor.task import Task, load_task
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+Location = tuple[int | str, ...]
 FORMAT = 1
 MAX_RECIPE_BYTES = 256 * 1024
+MAX_PROBLEMS = 5
 
 
 class Table(BaseModel):
@@ -197,12 +205,11 @@ def read_recipe(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
         line = int(place.group(1)) if place else 0
         message = str(error)[: place.start()] if place else str(error)
         raise RecipeError(f"not TOML: {message}", path=path, line=line, hint="Correct the syntax there.") from None
-    for override in overrides:
-        _apply(document, override)
+    source = _Source(path, text, document, tuple(overrides))
     try:
-        return Recipe.model_validate(document)
+        return Recipe.model_validate(source.overridden())
     except ValidationError as error:
-        raise _translate(error, path, text) from None
+        raise _translate(error, source) from None
 
 
 def open_task(recipe: Recipe, path: Path) -> tuple[Task, str]:
@@ -215,7 +222,9 @@ def open_task(recipe: Recipe, path: Path) -> tuple[Task, str]:
     for key in recipe.data:
         if key not in task.settings:
             raise RecipeError(
-                f"task '{task.name}' has no setting '{key}' in [data]", path=path, hint=_nearest(key, task.settings)
+                f"task '{task.name}' has no setting '{key}', which [data] or --set names",
+                path=path,
+                hint=_nearest(key, task.settings),
             )
     for model in recipe.model:
         if model.family not in task.families:
@@ -244,21 +253,58 @@ def _read(path: Path) -> str:
         ) from None
 
 
-def _apply(document: dict[str, Any], override: str) -> None:
-    """`a.b=value`; a key without a dot is a setting of the task, so it lands in [data]."""
-    key, separator, value = override.partition("=")
-    parts = [part.strip() for part in key.split(".")]
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a recipe is made of, to say where a wrong value came from."""
+
+    path: Path
+    text: str
+    document: dict[str, Any]
+    overrides: tuple[str, ...]
+
+    def overridden(self) -> dict[str, Any]:
+        document = deepcopy(self.document)
+        for override in self.overrides:
+            _apply(document, override)
+        return document
+
+    def override_of(self, location: Location) -> str:
+        """The override that wrote what stands at `location`; "" when it was the file."""
+        for override in reversed(self.overrides):
+            parts = _key_of(override)
+            wrote = location[: len(parts)] == parts
+            made = parts[: len(location)] == location and not self._has(location)
+            if wrote or made:
+                return override
+        return ""
+
+    def _has(self, location: Location) -> bool:
+        place: Any = self.document
+        for part in location:
+            if not isinstance(place, dict) or part not in place:
+                return False
+            place = place[part]
+        return True
+
+
+def _key_of(override: str) -> tuple[str, ...]:
+    """Where `a.b=value` lands; a key without a dot is a setting of the task, so it lands in [data]."""
+    key, separator, _ = override.partition("=")
+    parts = tuple(part.strip() for part in key.split("."))
     if not separator or not all(parts):
         raise RecipeError(f"cannot apply --set {override!r}", hint="Write it as key=value.")
-    if len(parts) == 1:
-        parts.insert(0, "data")
+    return parts if len(parts) > 1 else ("data", *parts)
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    *tables, name = _key_of(override)
     table = document
-    for part in parts[:-1]:
+    for part in tables:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"cannot apply --set {override!r}: '{part}' is not a table")
         table = inner
-    table[parts[-1]] = _value(value.strip())
+    table[name] = _value(override.partition("=")[2].strip())
 
 
 def _value(text: str) -> Any:
@@ -270,21 +316,48 @@ def _value(text: str) -> Any:
     return text
 
 
-def _translate(error: ValidationError, path: Path, text: str) -> RecipeError:
-    first = error.errors()[0]
-    location = tuple(first["loc"])
-    line = _line_of(text, location)
+def _translate(error: ValidationError, source: _Source) -> RecipeError:
+    """All problems in one error, which stands where the first of them is; alone, it keeps its hint."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    first, *rest = [_problem(detail, source) for detail in details[:MAX_PROBLEMS]]
+    told = [first.message + (f" ({first.hint})" if rest and first.hint else ""), *map(str, rest)]
+    if len(details) > MAX_PROBLEMS:
+        told.append(f"and {len(details) - MAX_PROBLEMS} more")
+    path = None if first.override else source.path
+    message = f"--set {first.override}: {told[0]}" if first.override else told[0]
+    return RecipeError("; ".join([message, *told[1:]]), path=path, line=first.line, hint="" if rest else first.hint)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """`override`: the one to blame; "" = the file, at `line` (0 = no single one)."""
+
+    message: str
+    hint: str
+    file: str
+    line: int
+    override: str
+
+    def __str__(self) -> str:
+        place = f"--set {self.override}" if self.override else f"{self.file}:{self.line}" if self.line else self.file
+        return f"{place}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+def _problem(detail: ErrorDetails, source: _Source) -> _Problem:
+    location = tuple(detail["loc"])
     name = ".".join(str(part) for part in location)
-    if first["type"] == "extra_forbidden":
-        hint = _nearest(str(location[-1]), _known(location))
-        return RecipeError(f"unknown key '{name}'", path=path, line=line, hint=hint)
-    if first["type"] == "missing":
-        return RecipeError(f"'{name}' is missing", path=path, line=line, hint="Add it; see the example recipes.")
-    message = first["msg"].removeprefix("Value error, ")
-    return RecipeError(f"{name + ': ' if name else ''}{message}", path=path, line=line)
+    if detail["type"] == "extra_forbidden":
+        message, hint = f"unknown key '{name}'", _nearest(str(location[-1]), _known(location))
+    elif detail["type"] == "missing":
+        message, hint = f"'{name}' is missing", "Add it; see the example recipes."
+    else:
+        message, hint = f"{name + ': ' if name else ''}{detail['msg'].removeprefix('Value error, ')}", ""
+    override = source.override_of(location)
+    line = 0 if override else _line_of(source.text, location)
+    return _Problem(message, hint, source.path.name, line, override)
 
 
-def _known(location: tuple[int | str, ...]) -> list[str]:
+def _known(location: Location) -> list[str]:
     """Names allowed where the unknown key stood."""
     tables: Mapping[str, type[Table]] = {
         "task": TaskTable, "train": TrainTable, "model": ModelTable, "quantise": QuantiseTable,
@@ -304,7 +377,7 @@ _HEADER = re.compile(r"^\s*\[{1,2}\s*([A-Za-z0-9_.-]+)\s*\]{1,2}\s*(#.*)?$")
 _KEY = re.compile(r"^\s*([A-Za-z0-9_-]+)\s*=")
 
 
-def _line_of(text: str, location: tuple[int | str, ...]) -> int:
+def _line_of(text: str, location: Location) -> int:
     """Line of a key, else of its table, else 0. Reads headers and keys only: enough to point, not to parse."""
     header, index, best = "", -1, 0
     counts: dict[str, int] = {}

@@ -94,6 +94,38 @@ def test_overrides_are_checked_like_the_file(tiny_recipe: Path) -> None:
         read_recipe(tiny_recipe, overrides=["nonsense"])
 
 
+@pytest.mark.parametrize("override", ["train.bach=5", "train.batch=many", "trian.batch=5", "seed.x=1"])
+def test_an_override_is_blamed_for_what_it_wrote_and_the_file_is_not(tiny_recipe: Path, override: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(tiny_recipe, overrides=["new_wearers=4", override])
+    assert f"--set {override}" in str(caught.value).replace("'", "")
+    assert "recipe.toml" not in str(caught.value)
+    assert (caught.value.path, caught.value.line) == (None, 0)
+
+
+def test_the_file_is_blamed_for_what_it_wrote_beside_an_override(tmp_path: Path, tiny_recipe: Path) -> None:
+    path = changed(tmp_path, tiny_recipe, "learning_rate", "learning_rat")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, overrides=["train.batch=16"])
+    assert (caught.value.path, caught.value.line) == (path, line_of(path, "learning_rat"))
+    assert "--set" not in str(caught.value)
+
+
+def test_all_problems_are_told_unknown_keys_first(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('format = 1\nname = "x"\nsed = 1\n[trian]\nbatch = 3\n[task]\nmodule = "task.py"\n')
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, overrides=["train.bach=5"])
+    problems = str(caught.value).split("; ")
+    assert problems[:3] == [
+        "--set train.bach=5: unknown key 'train.bach' (Did you mean 'batch'?)",
+        "recipe.toml:3: unknown key 'sed' (Did you mean 'seed'?)",
+        "recipe.toml:4: unknown key 'trian' (Did you mean 'train'?)",
+    ]
+    assert problems[3].startswith("recipe.toml: 'model' is missing")
+    assert problems[-1] == "and 1 more"
+
+
 def test_the_digest_follows_what_is_said_not_how(tmp_path: Path, tiny_recipe: Path) -> None:
     same = changed(tmp_path, tiny_recipe, "seed = 3", "# a remark\nseed   =   3")
     assert read_recipe(same).sha256 == read_recipe(tiny_recipe).sha256
