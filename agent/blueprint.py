@@ -130,6 +130,7 @@ def _open_all(section: ServiceSection, folders: Sequence[Path]) -> tuple[list[Ar
         try:
             artifact = open_artifact(folder)
             _check_fits(artifact, sound)
+            _card([artifact], {})  # a malformed one must not stop its siblings
             sound.append(artifact)
         except ArtifactError as error:
             faults.append(error)
@@ -151,6 +152,7 @@ def _own_floor(section: ServiceSection, siblings: list[Artifact]) -> list[Artifa
     try:
         floor = open_artifact(Path(section.floor))
         _check_fits(floor, siblings)
+        _card([floor], {})
     except ArtifactError:
         return []
     return [floor]

@@ -317,13 +317,17 @@ def _budget_line(budget: Any) -> str:
 def _card_lines(card: dict[str, Any]) -> list[str]:
     if not card:
         return ["card       none"]
-    accuracy = {name: value for name, value in card["accuracy"].items() if name not in {"role", "rows"}}
+    clean = card.get("accuracy", {})
+    accuracy = {name: value for name, value in clean.items() if name not in {"role", "rows"}}
     names = list(accuracy)
-    lines = ["", f"{'accuracy on ' + card['accuracy']['role']:<24}" + "".join(f"{name:>14}" for name in names)]
+    lines = ["", f"{'accuracy on ' + str(clean.get('role', '')):<24}" + "".join(f"{name:>14}" for name in names)]
     lines.append(f"{'no fault':<24}" + "".join(f"{accuracy[name]:>14.3f}" for name in names))
-    for fault in card["faults"]:
-        mark = " harmful" if fault["harmful"] else ""
-        lines.append(f"{fault['name']:<24}" + "".join(f"{fault['accuracy'][n]:>14.3f}" for n in names) + mark)
+    for fault in card.get("faults", ()):
+        mark = " harmful" if fault.get("harmful") else ""
+        under = fault.get("accuracy", {})
+        lines.append(
+            f"{fault.get('name', ''):<24}" + "".join(f"{under.get(n, float('nan')):>14.3f}" for n in names) + mark
+        )
     if new := card.get("accuracy_new"):
         lines.append(f"{'on ' + new['role']:<24}" + "".join(f"{new.get(n, float('nan')):>14.3f}" for n in names))
     if card.get("claim"):

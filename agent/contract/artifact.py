@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from agent.contract.errors import Corrupt, Incompatible, TooLarge, UnsupportedVersion
 from agent.contract.topics import IDENTIFIER
@@ -19,6 +21,7 @@ from agent.contract.topics import IDENTIFIER
 FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_MANIFEST_BYTES = 256 * 1024
+MAX_CARD_BYTES = 4 * 1024 * 1024
 MAX_BLOB_BYTES = 1024 * 1024 * 1024
 FILES = {"model": "model.onnx", "reference": "reference.npz", "golden": "golden.npz", "card": "card.json"}
 
@@ -139,6 +142,16 @@ class Manifest(Part):
         return canonical(self.model_dump(mode="json", exclude_none=False))
 
 
+class Card(Part):
+    """What every reader of a card may take for granted."""
+
+    accuracy: dict[str, Any] = {}  # engine -> accuracy, and the role it was measured on
+    faults: list[dict[str, Any]] = []
+
+
+_OBJECT = TypeAdapter(dict[str, Any])
+
+
 def canonical(document: Any) -> bytes:
     """The one byte form of a JSON document; NaN and infinity are refused."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
@@ -174,32 +187,21 @@ class Artifact(BaseModel):
         return self.folder / FILES[role]
 
     def card(self) -> dict[str, Any]:
-        """The card as a document; empty when the artifact has none."""
-        if "card" not in self.manifest.blobs:
-            return {}
-        document: dict[str, Any] = json.loads(self.path("card").read_bytes())
-        return document
+        """The card as a document; empty when the artifact has none. Raises: Corrupt, TooLarge."""
+        return _load_card(self.path("card")) if "card" in self.manifest.blobs else {}
 
 
 def open_artifact(folder: Path) -> Artifact:
     """Read and verify every byte of an artifact folder.
 
     Raises:
-        Corrupt: a file is missing, a size or digest differs, or the manifest is malformed.
+        Corrupt: a file is missing, a size or digest differs, or manifest or card is malformed.
         TooLarge: a file is larger than the format allows.
         UnsupportedVersion: written by a newer format.
     """
     manifest_path = folder / MANIFEST
-    try:
-        size = manifest_path.stat().st_size
-        if size > MAX_MANIFEST_BYTES:
-            raise TooLarge(f"{manifest_path} has {size} bytes, at most {MAX_MANIFEST_BYTES} are allowed")
-        raw = manifest_path.read_bytes()
-    except OSError as error:
-        raise Corrupt(
-            f"cannot read {manifest_path}: {error.strerror}",
-            hint="Name a folder written by `edgewarden-compressor compress`.",
-        ) from None
+    hint = "Name a folder written by `edgewarden-compressor compress`."
+    raw = _read(manifest_path, MAX_MANIFEST_BYTES, hint=hint)
     manifest = parse_manifest(raw, where=str(manifest_path))
     for role, blob in manifest.blobs.items():
         if role in FILES:
@@ -208,7 +210,9 @@ def open_artifact(folder: Path) -> Artifact:
         raise Corrupt(f"{manifest_path} names no model")
     if manifest.kind == "floor" and not manifest.floor_outputs:
         raise Corrupt(f"{manifest_path} is a floor without floor_outputs")
-    return Artifact(folder=folder, digest=sha256(raw), manifest=manifest)
+    artifact = Artifact(folder=folder, digest=sha256(raw), manifest=manifest)
+    artifact.card()
+    return artifact
 
 
 def parse_manifest(raw: bytes, *, where: str = MANIFEST) -> Manifest:
@@ -228,6 +232,38 @@ def parse_manifest(raw: bytes, *, where: str = MANIFEST) -> Manifest:
             f"{where} has format {manifest.format}, this agent reads up to {FORMAT}", hint="Update the agent."
         )
     return manifest
+
+
+def _load_card(path: Path) -> dict[str, Any]:
+    """A card's document.
+
+    Raises:
+        Corrupt: no JSON object, a number in it is not finite, or what it says of accuracy or faults is no table.
+        TooLarge: over MAX_CARD_BYTES.
+    """
+    raw = _read(path, MAX_CARD_BYTES, hint="The artifact is incomplete.")
+    try:
+        document = _OBJECT.validate_json(raw)
+        Card.model_validate(document)
+        canonical(document)
+    except (ValueError, RecursionError) as error:  # pydantic's is a ValueError
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise Corrupt(f"{path} is no card: {why}", hint="The artifact must be built again.") from None
+    return document
+
+
+def _read(path: Path, max_bytes: int, *, hint: str) -> bytes:
+    """The bytes of a plain file; never waits for whoever would write into a pipe. Raises: Corrupt, TooLarge."""
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise Corrupt(f"{path} is not a plain file", hint=hint)
+            raw = file.read(max_bytes + 1)
+    except OSError as error:
+        raise Corrupt(f"cannot read {path}: {error.strerror}", hint=hint) from None
+    if len(raw) > max_bytes:
+        raise TooLarge(f"{path} is larger than the {max_bytes} bytes that are allowed")
+    return raw
 
 
 def _verify(folder: Path, role: str, blob: Blob) -> None:

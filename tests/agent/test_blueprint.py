@@ -5,7 +5,7 @@ import pytest
 
 from agent.blueprint import draw_up
 from agent.config import AgentConfig
-from agent.contract.artifact import MANIFEST, parse_manifest
+from agent.contract.artifact import MANIFEST, parse_manifest, sha256
 from agent.contract.errors import ArtifactError
 from agent.contract.plan import EngineKind, GuardPolicy
 from agent.decisions.events import AgentStarted, AlarmKind, EngineServed, WorkerReady
@@ -103,6 +103,21 @@ def test_without_any_sound_model_every_fault_is_told(artifacts: dict[str, Path],
     both = [only | {"name": "one"}, {"name": "two", "artifact": none}]
     with pytest.raises(ArtifactError, match=r"service 'one' has no .*service 'two' has no usable model"):
         draw_up(AgentConfig.model_validate({"service": both}))
+
+
+@pytest.mark.parametrize("card", [b"[]", b'{"accuracy":{"wrist":"good"}}', b'{"faults":[{"kind":"dead"}]}'])
+def test_an_artifact_whose_card_is_malformed_is_left_out(
+    artifacts: dict[str, Path], tmp_path: Path, card: bytes
+) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(artifacts["wrist"], bad)
+    (bad / "card.json").write_bytes(card)
+    manifest = parse_manifest((bad / MANIFEST).read_bytes())
+    blob = manifest.blobs["card"].model_copy(update={"size": len(card), "sha256": sha256(card)})
+    (bad / MANIFEST).write_bytes(manifest.model_copy(update={"blobs": {**manifest.blobs, "card": blob}}).encode())
+    (made,) = draw_up(configure(artifacts, service={"artifact": bad}))
+    assert made.policy.engines[0] == "wrist-accel"
+    assert "card" in made.problems[0]
 
 
 def test_siblings_that_do_not_fit_are_left_out(artifacts: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
@@ -78,6 +79,28 @@ def test_a_manifest_cannot_name_a_path(tmp_path):
     blob = {"file": "../../etc/passwd", "size": 1, "sha256": "0" * 64}
     make(tmp_path, blobs={"model": blob})
     with pytest.raises(Corrupt, match=r"must be called model\.onnx"):
+        artifact.open_artifact(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "card",
+    [b"this is no json", b"[1]", b"\xff\xfe", b"", b'{"accuracy":[]}', b'{"faults":{}}', b'{"faults":[1]}',
+     b'{"accuracy":{"wrist":NaN}}', b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"],
+)  # fmt: skip
+def test_a_card_that_is_none_is_corrupt_though_its_digest_is_right(tmp_path, card):
+    (make(tmp_path) / "card.json").write_bytes(card)
+    manifest = artifact.parse_manifest((tmp_path / "manifest.json").read_bytes())
+    blob = artifact.Blob(file="card.json", size=len(card), sha256=hashlib.sha256(card).hexdigest())
+    fields = {"blobs": {**manifest.blobs, "card": blob}}
+    (tmp_path / "manifest.json").write_bytes(manifest.model_copy(update=fields).encode())
+    with pytest.raises(Corrupt, match=r"card\.json is no card"):
+        artifact.open_artifact(tmp_path)
+
+
+def test_a_pipe_instead_of_a_manifest_is_refused_and_not_waited_for(tmp_path):
+    (make(tmp_path) / "manifest.json").unlink()
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(Corrupt, match="not a plain file"):
         artifact.open_artifact(tmp_path)
 
 
