@@ -26,7 +26,7 @@ from compressor.keys import KeyRing
 from compressor.publish import Repository
 from compressor.task import Rows
 from scripts.story.player import order_of
-from scripts.story.world import FLEET, SERVICE, StoryError, World, admin_status, wait_until
+from scripts.story.world import DEVICE, FLEET, SERVICE, StoryError, World, admin_status, wait_until
 
 HOST = "host"
 QUORUM = 2
@@ -244,6 +244,7 @@ patience_s = 120
 collect_s = 60
 [fleet.cohorts]
 canary = [{devices}]
+field = ["{DEVICE}"]
 
 [http]
 port = {port}
