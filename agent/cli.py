@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -140,7 +141,7 @@ def infer(options: argparse.Namespace) -> int:
     answers = _answers_of_artifact(options, files) if options.artifact else _answers_of_agent(options, files)
     if options.json:
         for answer in answers:
-            print(json.dumps(answer, allow_nan=False), flush=True)
+            print(json.dumps(_with_nulls(answer), allow_nan=False), flush=True)
         return 0
     for answer in answers:
         print(_answer_line(answer), flush=True)
@@ -201,6 +202,15 @@ def _answers(files: list[Path], wanted: Sequence[Wanted], labels: list[str], ans
                 number += 1
         progress.step()
     progress.end()
+
+
+def _with_nulls(value: Any) -> Any:
+    """JSON knows no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {name: _with_nulls(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_nulls(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _label(values: dict[str, Any], labels: list[str]) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,11 @@ import numpy as np
 from agent.contract.errors import InvalidRequest
 from agent.contract.tensors import DATATYPES, Array
 
+UNREADABLE = (
+    OSError, ValueError, EOFError, TypeError, KeyError, RuntimeError, NotImplementedError, MemoryError, OverflowError,
+    SyntaxError, tokenize.TokenError, csv.Error, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+"""What numpy, zipfile and csv raise on bytes that are not what their name says."""
 KINDS = (".npy", ".npz", ".csv")
 MAX_FILE_BYTES = 1024 * 1024 * 1024
 
@@ -35,7 +43,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            found += sorted(file for file in path.iterdir() if file.suffix.lower() in KINDS)
+            found += sorted(file for file in path.iterdir() if _is_input(file))
         elif path.is_file():
             found.append(path)
         else:
@@ -55,7 +63,7 @@ def read_inputs(path: Path, wanted: Sequence[Wanted]) -> dict[str, Array]:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidRequest(f"{path} is larger than {MAX_FILE_BYTES} bytes")
         arrays = _load(path, wanted)
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise InvalidRequest(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
     missing = [one.name for one in wanted if one.name not in arrays]
     if missing:
@@ -71,14 +79,33 @@ def rows(inputs: dict[str, Array], at_once: int) -> Iterator[dict[str, Array]]:
 
 
 def _load(path: Path, wanted: Sequence[Wanted]) -> dict[str, Array]:
-    kind = path.suffix.lower()
-    if kind == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+    loaded = _read_csv(path) if path.suffix.lower() == ".csv" else _read_numpy(path)
+    if isinstance(loaded, dict):
+        return loaded
     if len(wanted) != 1:
         raise ValueError(f"the model takes {len(wanted)} inputs: give an .npz with an array for each")
-    array = np.load(path, allow_pickle=False) if kind == ".npy" else _read_csv(path)
-    return {wanted[0].name: array}
+    return {wanted[0].name: loaded}
+
+
+def _read_numpy(path: Path) -> Array | dict[str, Array]:
+    """One array, or those of an archive by name: the content tells, whatever the file is called."""
+    with path.open("rb") as file:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as members:  # a few packed bytes may promise any number of unpacked ones
+                unpacked = sum(member.file_size for member in members.infolist())
+            if unpacked > MAX_FILE_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_FILE_BYTES} bytes")
+        file.seek(0)
+        loaded = np.load(file, allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return loaded
+        with loaded as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+
+
+def _is_input(path: Path) -> bool:
+    return path.suffix.lower() in KINDS and path.is_file()
 
 
 def _read_csv(path: Path) -> Array:
@@ -102,6 +129,10 @@ def _is_number(cell: str) -> bool:
 
 def _fit(array: Array, wanted: Wanted, path: Path) -> Array:
     """`array` with rows first: as it is, one row without its axis, or lines of samples cut into rows."""
+    if array.dtype.kind not in "biuf" or wanted.datatype == "BYTES":
+        raise InvalidRequest(
+            f"{path} holds {array.dtype}, input '{wanted.name}' takes {wanted.datatype}", hint="Give numbers."
+        )
     inner = wanted.shape[1:]
     shaped: Any = None
     if _matches(array.shape[1:], inner):
@@ -115,7 +146,8 @@ def _fit(array: Array, wanted: Wanted, path: Path) -> Array:
             f"{path} has the shape {list(array.shape)}, input '{wanted.name}' takes {list(wanted.shape)}",
             hint="-1 stands for any number of rows.",
         )
-    return np.ascontiguousarray(shaped, DATATYPES[wanted.datatype])
+    with np.errstate(over="ignore", invalid="ignore"):  # what the model's datatype cannot hold becomes infinite
+        return np.ascontiguousarray(shaped, DATATYPES[wanted.datatype])
 
 
 def _is_lines_of(array: Array, inner: tuple[int, ...]) -> bool:

@@ -95,12 +95,22 @@ def test_an_artifact_answers_files_directly(
     assert "by wrist-floor" in capsys.readouterr().out
 
 
+def test_an_answer_that_is_no_number_is_null_for_programs(
+    artifacts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "lost.npy", np.full((1, 128, 6), np.nan))
+    assert main(["infer", "--artifact", str(artifacts["wrist"]), str(tmp_path / "lost.npy"), "--json"]) == 0
+    assert None in json.loads(capsys.readouterr().out)["outputs"]["probability"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
         (["infer", "--artifact", "/none", "{data}"], 4, "cannot read /none/manifest.json"),
         (["infer", "--artifact", "{artifact}", "/none.npy"], 8, "no file or folder"),
         (["infer", "--artifact", "{artifact}", "{wrong}"], 8, "takes [-1, 128, 6]"),
+        (["infer", "--artifact", "{artifact}", "{cut}"], 8, "cannot read"),
+        (["infer", "--artifact", "{artifact}", "{words}"], 8, "Give numbers."),
         (["infer", "--config", "{config}", "{data}"], 8, "Is the agent running?"),
     ],
 )
@@ -110,8 +120,12 @@ def test_what_infer_cannot_do_is_said_with_a_documented_code(
 ) -> None:  # fmt: skip
     np.save(tmp_path / "data.npy", record(seed=4).windows[:1])
     np.save(tmp_path / "wrong.npy", np.zeros((3, 3)))
+    np.save(tmp_path / "words.npy", np.full((128, 6), "x"))
+    np.savez(tmp_path / "cut.npz", window=np.zeros((128, 6)))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:1000])
     places = {
-        "data": tmp_path / "data.npy", "wrong": tmp_path / "wrong.npy",
+        "data": tmp_path / "data.npy", "wrong": tmp_path / "wrong.npy", "words": tmp_path / "words.npy",
+        "cut": tmp_path / "cut.npz",
         "artifact": artifacts["wrist"], "config": config,
     }  # fmt: skip
     assert main([argument.format(**places) for argument in arguments]) == code

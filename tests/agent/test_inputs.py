@@ -1,7 +1,11 @@
+import contextlib
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agent.contract.errors import InvalidRequest
 from agent.inputs import Wanted, find_files, read_inputs, rows
@@ -49,6 +53,61 @@ def test_what_does_not_fit_is_named_with_the_shapes(tmp_path: Path, name: str, c
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InvalidRequest, match=says):
         read_inputs(tmp_path / name, [WINDOW])
+
+
+def archive(**arrays: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def array(values: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values)
+    return buffer.getvalue()
+
+
+WHOLE = archive(window=np.arange(24.0).reshape(3, 4, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        *(("x.npz", WHOLE[:count], "cannot read") for count in (len(WHOLE) - 30, len(WHOLE) // 2)),
+        ("x.npz", WHOLE[:60] + bytes(8) + WHOLE[68:], "cannot read"),
+        ("x.npy", array(np.array([["a", "b"]] * 4)), "holds <U1, input 'window' takes FP32"),
+        ("x.npy", array(np.ones((4, 2), complex)), "holds complex128"),
+        ("x.npy", b"\x93NUMPY\x01\x00\x46\x00{'descr': '<f8', 'fortran_order': False, 'shape': (9, 9", "cannot read"),
+        ("x.npy", array(np.ones((4, 2))).replace(b"(4, 2)", b"(4, 2("), "cannot read"),
+        ("x.csv", b"1,2\n\0,3\n", "cannot read"),
+        ("x.csv", b"1," + b"2" * 200_000, "cannot read"),
+        ("x.csv", b"\xff\xfe1,2\n", "cannot read"),
+    ],
+)
+def test_damaged_or_foreign_files_are_said_so(tmp_path: Path, name: str, content: bytes, says: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InvalidRequest, match=says):
+        read_inputs(tmp_path / name, [WINDOW])
+
+
+def test_the_content_tells_an_array_from_an_archive_not_the_name(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_bytes(array(np.ones((4, 2))))
+    (tmp_path / "x.npy").write_bytes(WHOLE)
+    for name, count in (("x.npz", 1), ("x.npy", 3)):
+        assert len(read_inputs(tmp_path / name, [WINDOW])["window"]) == count
+
+
+@given(cuts=st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), max_size=4))
+def test_no_damage_of_an_archive_ends_in_a_foreign_error(
+    tmp_path_factory: pytest.TempPathFactory, cuts: list[tuple[int, int]]
+) -> None:
+    raw = bytearray(WHOLE)
+    for at, value in cuts:
+        raw[at] = value
+    path = tmp_path_factory.mktemp("inputs") / "x.npz"
+    path.write_bytes(raw)
+    with contextlib.suppress(InvalidRequest):
+        read_inputs(path, [WINDOW])
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
