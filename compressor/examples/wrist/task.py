@@ -116,7 +116,7 @@ def _new_wearers(settings: Settings) -> frozenset[int]:
     numbers = tuple(value) if isinstance(value, list | tuple) else ()
     if not 1 <= len(set(numbers)) <= 7 or len(set(numbers)) != len(numbers) or not set(numbers) <= set(range(1, 11)):
         raise RecipeError(
-            f"new_wearers = {value!r} is not a list of distinct wearers",
+            f"new_wearers = {value!r} is not a list of one to seven distinct wearers",
             hint="Wearers are numbered 1 to 10; give one to seven of them, such as [4, 5, 6].",
         )
     return frozenset(numbers)

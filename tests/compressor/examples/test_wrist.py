@@ -5,6 +5,7 @@ import json
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,8 +62,17 @@ def test_the_stream_runs_recording_by_recording_in_time() -> None:
 
 @pytest.mark.parametrize("value", [[11], [1, 1], [], "1,2", [1, 2, 3, 4, 5, 6, 7, 8]])
 def test_an_impossible_choice_of_wearers_is_refused(value: object) -> None:
-    with pytest.raises(RecipeError, match="new_wearers"):
+    with pytest.raises(RecipeError, match=r"new_wearers = .* is not a list of one to seven distinct wearers"):
         wrist.load({"new_wearers": value})
+
+
+def test_the_lines_for_scripts_in_the_readme_run() -> None:
+    text = (Path(wrist.__file__).parent / "README.md").read_text().partition("## For scripts")[2]
+    lines = [line.removeprefix("    ") for line in text.splitlines() if line.startswith("    ")]
+    names: dict[str, Any] = {}
+    exec("\n".join(lines), names)  # noqa: S102
+    assert "gyro_off" in names["names"]
+    assert names["broken"].shape == names["rows"].windows.shape
 
 
 def test_a_file_with_another_digest_is_never_unpickled(tmp_path: Path) -> None:
