@@ -13,6 +13,7 @@ the disk is full, so that the outbox can still be emptied.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -211,7 +212,7 @@ class Store:
         if _size(path) >= RESERVE_BYTES:
             return True
         try:
-            with path.open("wb") as file:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
                 os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         except OSError:
             with contextlib.suppress(OSError):
@@ -249,6 +250,7 @@ def _take_lock(folder: Path) -> int:
 
 
 def _open(path: Path, max_bytes: int) -> sqlite3.Connection:
+    _make_private(path)
     with _translated(path.parent):
         # one thread owns the store; isolation_level None: transactions are ours, not the module's
         database = sqlite3.connect(path, isolation_level=None, timeout=5.0)
@@ -257,8 +259,26 @@ def _open(path: Path, max_bytes: int) -> sqlite3.Connection:
         except (sqlite3.Error, StorageError):
             database.close()
             raise
-    path.chmod(0o600)
     return database
+
+
+def _make_private(path: Path) -> None:
+    """Before SQLite opens it: the files beside the database get its rights, whatever those of the folder are.
+
+    Raises:
+        DiskFull, StateUnreadable
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                path.with_name(name).chmod(0o600)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DiskFull(f"no room for the agent's state in {path.parent}", hint="Free disk space.") from None
+        raise StateUnreadable(
+            f"cannot use {path}: {error.strerror}", hint="Check the disk and the folder's rights."
+        ) from None
 
 
 def _prepare(database: sqlite3.Connection, path: Path, max_bytes: int) -> None:

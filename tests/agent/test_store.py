@@ -80,6 +80,27 @@ def test_a_killed_agent_leaves_no_lock_and_loses_no_returned_write(tmp_path: Pat
     store.close()
 
 
+def rights(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()}
+
+
+def test_everything_in_a_folder_that_others_may_enter_is_private(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0o022)
+    try:
+        store = Store(tmp_path, outbox_bytes=OUTBOX_BYTES)
+        store.put_value("supervisor", {"secret": 1}, durable=True)
+        assert f"{DATABASE}-wal" in rights(tmp_path)
+        assert set(rights(tmp_path).values()) == {0o600}
+        store.close()
+        (tmp_path / f"{DATABASE}-wal").touch(0o644)  # an older release left it
+        store = Store(tmp_path, outbox_bytes=OUTBOX_BYTES)
+        assert set(rights(tmp_path).values()) == {0o600}
+        store.close()
+    finally:
+        os.umask(before)
+
+
 def test_a_damaged_database_is_set_aside_and_a_new_one_started(tmp_path: Path) -> None:
     (tmp_path / DATABASE).write_bytes(b"this is no database at all" * 1000)
     store = Store(tmp_path, outbox_bytes=OUTBOX_BYTES)
