@@ -41,6 +41,12 @@ def test_systemd_finds_nothing_wrong_with_the_units(tmp_path: Path) -> None:
     assert complaints == []
 
 
+def test_the_socket_outlives_the_service_so_that_clients_wait_through_a_restart() -> None:
+    text = (UNITS / "edgewarden-agent.socket").read_text()
+    keys = {line.partition("=")[0] for line in text.splitlines() if "=" in line and not line.startswith("#")}
+    assert not keys & {"PartOf", "BindsTo", "StopPropagatedFrom", "ConsistsOf"}
+
+
 @pytest.mark.system
 @needs_systemd
 def test_the_service_is_hardened(tmp_path: Path) -> None:
