@@ -6,41 +6,20 @@ folder of the configuration file. What a value means is its `description`; the r
 
 from __future__ import annotations
 
-import difflib
-import json
 import platform
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, Field
 
+from agent.configuring import CaSource, FilePath, Identifier, Loaded, OptionalPath, Section, check_pair, load
 from agent.contract.artifact import MANIFEST
 from agent.contract.errors import ConfigError
 from agent.contract.plan import GuardPolicy
-from agent.contract.topics import IDENTIFIER, Topics
-from agent.settings import Key, Settings, read_settings
-
-
-def _resolved(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
-
-
-def _resolved_or_empty(text: str, info: ValidationInfo) -> str:
-    return str(_resolved(Path(text), info)) if text else ""
-
-
-def _resolved_or_system(text: str, info: ValidationInfo) -> str:
-    return text if text == "system" else _resolved_or_empty(text, info)
-
-
-def _identifier(text: str) -> str:
-    if not IDENTIFIER.fullmatch(text):
-        raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
-    return text
+from agent.contract.topics import Topics
+from agent.settings import Settings
 
 
 def _tcp_address(text: str) -> str:
@@ -56,20 +35,9 @@ def _host_identifier() -> str:
 
 
 MAX_PORT = 65535
-MAX_PROBLEMS = 5  # told at once
-
-FilePath = Annotated[Path, AfterValidator(_resolved)]
-OptionalPath = Annotated[str, AfterValidator(_resolved_or_empty)]
-CaSource = Annotated[str, AfterValidator(_resolved_or_system)]
-Identifier = Annotated[str, AfterValidator(_identifier)]
 TcpAddress = Annotated[str, AfterValidator(_tcp_address)]
 
-
 REFERENCE_HINT = "docs/reference/agent-config.md explains every key."
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DeviceSection(Section):
@@ -289,24 +257,7 @@ class AgentConfig(Section):
         return Topics(fleet=self.device.fleet, device=self.device.id, prefix=self.link.prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """One effective value: what it is, who set it and what it means."""
-
-    key: str
-    value: str
-    origin: str
-    description: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedConfig:
-    config: AgentConfig
-    settings: Settings
-
-    def explain(self) -> list[Explained]:
-        """Every key with value and origin, in the order of the sections."""
-        return list(_explain(self.config, self.settings, ()))
+LoadedConfig = Loaded[AgentConfig]
 
 
 def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
@@ -317,16 +268,9 @@ def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
             the wrong type or out of range, or two values contradict each other. Whether artifacts can be used is
             asked later: `absent_artifacts`, `agent.blueprint`.
     """
-    settings = read_settings(file, environment)
-    try:
-        config = AgentConfig.model_validate(settings.values, context={"folder": settings.folder})
-    except ValidationError as error:
-        details = error.errors()
-        problems = [_problem(detail, settings) for detail in details[:MAX_PROBLEMS]]
-        more = f"; and {len(details) - MAX_PROBLEMS} more" if len(details) > MAX_PROBLEMS else ""
-        raise ConfigError("; ".join(problems) + more, hint=REFERENCE_HINT) from None
-    _check_sense(config, settings)
-    return LoadedConfig(config=config, settings=settings)
+    loaded = load(AgentConfig, file, environment, hint=REFERENCE_HINT)
+    _check_sense(loaded.config, loaded.settings)
+    return loaded
 
 
 def absent_artifacts(loaded: LoadedConfig) -> list[str]:
@@ -346,8 +290,7 @@ def _check_sense(config: AgentConfig, settings: Settings) -> None:
     names = [service.name for service in config.service]
     if len(set(names)) < len(names):
         raise ConfigError(f"{settings.file} names a service twice: {', '.join(names)}")
-    if bool(config.link.tls_cert) != bool(config.link.tls_key):
-        raise ConfigError("link.tls_cert and link.tls_key belong together", hint="Set both or none.")
+    check_pair(config, "link.tls_cert", "link.tls_key")
     if config.fallback.failures > config.fallback.of_last:
         raise ConfigError("fallback.failures cannot be more than fallback.of_last")
     if config.update.enabled and not Path(config.update.root).is_file():
@@ -358,51 +301,3 @@ def _check_sense(config: AgentConfig, settings: Settings) -> None:
         raise ConfigError("samples.allow needs samples.folder")
     if config.enrolment.url and not config.enrolment.token_file:
         raise ConfigError("enrolment.url needs enrolment.token_file")
-
-
-def _problem(detail: Any, settings: Settings) -> str:
-    place: Key = detail["loc"]
-    name, where = _spoken(place), settings.origin(*place)
-    if detail["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(str(place[-1]), _known_keys(place[:-1]), n=1, cutoff=0.5)
-        meant = f"did you mean '{nearest[0]}'" if nearest else f"known: {', '.join(_known_keys(place[:-1]))}"
-        return f"unknown key {name} in {where} ({meant})"
-    if detail["type"] == "missing":
-        return f"{name} is missing in {settings.origin(*place[:-1])}"
-    return f"{name} in {where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r:.60})"
-
-
-def _spoken(place: Key) -> str:
-    """'link.port', or 'fallbacks' number 2 of [[service]] number 1: as a person sees it in the file."""
-    if len(place) > 1 and place[0] == "service" and isinstance(place[1], int):
-        table = f"[[service]] number {place[1] + 1}"
-        return f"{_spoken(place[2:])} of {table}" if place[2:] else table
-    if len(place) > 1 and isinstance(place[-1], int):
-        return f"{_spoken(place[:-1])} number {place[-1] + 1}"
-    return f"'{'.'.join(str(part) for part in place)}'"
-
-
-def _known_keys(place: Key) -> list[str]:
-    model: type[BaseModel] = AgentConfig
-    for part in place:
-        if isinstance(part, str):
-            annotation = model.model_fields[part].annotation
-            model = ServiceSection if part == "service" else annotation  # type: ignore[assignment]
-    return list(model.model_fields)
-
-
-def _explain(part: BaseModel, settings: Settings, place: Key) -> Iterator[Explained]:
-    for name, field in type(part).model_fields.items():
-        value, key = getattr(part, name), (*place, name)
-        if isinstance(value, BaseModel):
-            yield from _explain(value, settings, key)
-        elif name == "service":
-            for index, service in enumerate(value):
-                yield from _explain(service, settings, (*key, index))
-        else:
-            yield Explained(
-                key=".".join(str(item) for item in key),
-                value=json.dumps(value, default=str),
-                origin=settings.origin(*key),
-                description=field.description or "",
-            )

@@ -8,49 +8,17 @@ of the configuration file. What a value means is its `description`.
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import Field
 
+from agent.configuring import CaSource, FilePath, Identifier, Loaded, OptionalPath, Section, check_pair, load
 from agent.contract.errors import ConfigError
-from agent.contract.topics import IDENTIFIER
-from agent.settings import Key, Settings, read_settings
+from agent.settings import Settings
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-def _resolved(path: Path, info: ValidationInfo) -> Path:
-    folder: Path = (info.context or {}).get("folder", Path.cwd())
-    return folder / path.expanduser()
-
-
-def _resolved_or_empty(text: str, info: ValidationInfo) -> str:
-    return str(_resolved(Path(text), info)) if text else ""
-
-
-def _resolved_or_system(text: str, info: ValidationInfo) -> str:
-    return text if text == "system" else _resolved_or_empty(text, info)
-
-
-def _identifier(text: str) -> str:
-    if not IDENTIFIER.fullmatch(text):
-        raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
-    return text
-
-
-FilePath = Annotated[Path, AfterValidator(_resolved)]
-OptionalPath = Annotated[str, AfterValidator(_resolved_or_empty)]
-CaSource = Annotated[str, AfterValidator(_resolved_or_system)]
-Identifier = Annotated[str, AfterValidator(_identifier)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class HostSection(Section):
@@ -172,24 +140,7 @@ class HostConfig(Section):
         return next((name for name, members in self.fleet.cohorts.items() if device in members), "")
 
 
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """One effective value: what it is, who set it and what it means."""
-
-    key: str
-    value: str
-    origin: str
-    description: str
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedConfig:
-    config: HostConfig
-    settings: Settings
-
-    def explain(self) -> list[Explained]:
-        """Every key with value and origin, in the order of the sections."""
-        return list(_explain(self.config, self.settings, ()))
+LoadedConfig = Loaded[HostConfig]
 
 
 def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
@@ -199,24 +150,17 @@ def load_config(file: Path, environment: Mapping[str, str]) -> LoadedConfig:
         ConfigError: a file is missing or not TOML, a key is unknown (the nearest one is named), a value is of
             the wrong type or out of range, or two values contradict each other.
     """
-    settings = read_settings(file, environment)
-    try:
-        config = HostConfig.model_validate(settings.values, context={"folder": settings.folder})
-    except ValidationError as error:
-        raise ConfigError("; ".join(_problem(detail, settings) for detail in error.errors()[:5])) from None
-    _check_sense(config, settings)
-    return LoadedConfig(config=config, settings=settings)
+    loaded = load(HostConfig, file, environment)
+    _check_sense(loaded.config, loaded.settings)
+    return loaded
 
 
 def _check_sense(config: HostConfig, settings: Settings) -> None:
     """What no single key can tell."""
-    for section in ("link", "http"):
-        part = getattr(config, section)
-        if bool(part.tls_cert) != bool(part.tls_key):
-            raise ConfigError(f"{section}.tls_cert and {section}.tls_key belong together", hint="Set both or none.")
+    check_pair(config, "link.tls_cert", "link.tls_key")
+    check_pair(config, "http.tls_cert", "http.tls_key")
     _check_cohorts(config, settings)
-    if bool(config.repository.folder) != bool(config.repository.keys):
-        raise ConfigError("repository.folder and repository.keys belong together", hint="Set both or none.")
+    check_pair(config, "repository.folder", "repository.keys")
     if not config.regeneration.recipe:
         return
     if not Path(config.regeneration.recipe).is_file():
@@ -236,36 +180,3 @@ def _check_cohorts(config: HostConfig, settings: Settings) -> None:
     twice = sorted({device for device in members if members.count(device) > 1})
     if twice:
         raise ConfigError(f"{settings.file} puts {', '.join(twice)} into a cohort twice or into two cohorts")
-
-
-def _problem(detail: Any, settings: Settings) -> str:
-    place: Key = detail["loc"]
-    name = ".".join(str(part) for part in place)
-    where = settings.origin(*place)
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(place[:-1])
-        nearest = difflib.get_close_matches(str(place[-1]), known, n=1, cutoff=0.5)
-        meant = f"; did you mean '{nearest[0]}'?" if nearest else f"; known: {', '.join(known)}"
-        return f"unknown key '{name}' in {where}{meant}"
-    return f"'{name}' in {where}: {detail['msg'].removeprefix('Value error, ')} (found {detail['input']!r:.60})"
-
-
-def _known_keys(place: Key) -> list[str]:
-    model: type[BaseModel] = HostConfig
-    for part in place:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
-    return list(model.model_fields)
-
-
-def _explain(part: BaseModel, settings: Settings, place: Key) -> Iterator[Explained]:
-    for name, field in type(part).model_fields.items():
-        value, key = getattr(part, name), (*place, name)
-        if isinstance(value, BaseModel):
-            yield from _explain(value, settings, key)
-        else:
-            yield Explained(
-                key=".".join(str(item) for item in key),
-                value=json.dumps(value, default=str),
-                origin=settings.origin(*key),
-                description=field.description or "",
-            )

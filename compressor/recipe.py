@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from agent.configuring import Identifier, Section
 from agent.contract.artifact import canonical, sha256
-from agent.contract.topics import IDENTIFIER
 from compressor.calibrators import Calibrator
 from compressor.errors import RecipeError
 from compressor.task import Task, load_task
@@ -32,15 +32,11 @@ MAX_RECIPE_BYTES = 256 * 1024
 MAX_PROBLEMS = 5
 
 
-class Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TaskTable(Table):
+class TaskTable(Section):
     module: str  # a file relative to the recipe, or a dotted name
 
 
-class TrainTable(Table):
+class TrainTable(Section):
     batch: int = Field(default=64, ge=1, le=4096)
     learning_rate: float = Field(default=4e-3, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
@@ -48,35 +44,28 @@ class TrainTable(Table):
     processes: int = Field(default=2, ge=1, le=64)
 
 
-class ModelTable(Table):
+class ModelTable(Section):
     """One network. `channels`: the ones it reads, empty = all; a fallback should not read what may break."""
 
-    name: str
+    name: Identifier
     role: Literal["teacher", "student", "fallback"]
     family: str
     width: int = Field(ge=1, le=4096)
     epochs: int = Field(ge=1, le=10_000)
     channels: tuple[str, ...] = ()
 
-    @field_validator("name")
-    @classmethod
-    def _identifier(cls, value: str) -> str:
-        if not IDENTIFIER.fullmatch(value):
-            raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
-        return value
 
-
-class QuantiseTable(Table):
+class QuantiseTable(Section):
     precisions: tuple[Literal["float32", "int8"], ...] = ("float32", "int8")
     calibrator: Calibrator = Calibrator.PERCENTILE
 
 
-class MeasureTable(Table):
+class MeasureTable(Section):
     rounds: int = Field(default=25, ge=3, le=1000)
     runs: int = Field(default=40, ge=1, le=10_000)
 
 
-class GatesTable(Table):
+class GatesTable(Section):
     """Limits every candidate must keep, whatever the device class; latency and size limits are the class's own.
 
     accuracy_drop: below the teacher on the select role, 0..1; fallback_drop: the same for a fallback.
@@ -92,7 +81,7 @@ class GatesTable(Table):
     golden_error: float = Field(default=1e-3, ge=0, le=1)
 
 
-class SelectTable(Table):
+class SelectTable(Section):
     """tie: accuracies closer than this count as equal. min_speedup: 8 bit is kept only if at least this much
     faster than its float parent.
     """
@@ -101,26 +90,19 @@ class SelectTable(Table):
     min_speedup: float = Field(default=1.05, ge=1)
 
 
-class DeviceClassTable(Table):
+class DeviceClassTable(Section):
     """A kind of device and its budget. latency_us: CPU time of one row in the engine, one thread;
     latency_p95_us: what the artifact promises per request on the device, queueing included.
     """
 
-    name: str
+    name: Identifier
     latency_us: float = Field(gt=0)
     size_bytes: int = Field(gt=0)
     latency_p95_us: float = Field(gt=0)
     prefer: Literal["accuracy", "size"] = "accuracy"
 
-    @field_validator("name")
-    @classmethod
-    def _identifier(cls, value: str) -> str:
-        if not IDENTIFIER.fullmatch(value):
-            raise ValueError("must be 1 to 36 characters of a-z, 0-9 and '-'")
-        return value
 
-
-class FaultsTable(Table):
+class FaultsTable(Section):
     """harmful_drop: a fault that costs the chosen model at least this much accuracy is called harmful.
     detection_runs: how often each fault is injected into a clean stream to see when the monitor finds it.
     """
@@ -129,7 +111,7 @@ class FaultsTable(Table):
     detection_runs: int = Field(default=20, ge=1, le=1000)
 
 
-class RegenerateTable(Table):
+class RegenerateTable(Section):
     """How a second run with newcomers' recordings differs from the first.
 
     forgetting: accuracy that may be lost on known rows, 0..1. epochs_share, learning_rate_share: of the first
@@ -142,19 +124,19 @@ class RegenerateTable(Table):
     repeat: int = Field(default=2, ge=1, le=100)
 
 
-class PackageTable(Table):
+class PackageTable(Section):
     version: int = Field(default=1, ge=1)
     owner: str
     licence: str
     golden_rows: int = Field(default=8, ge=1, le=256)
 
 
-class Recipe(Table):
+class Recipe(Section):
     format: Literal[1]
     name: str
     seed: int = Field(default=1, ge=0)
     task: TaskTable
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field(default={})
     train: TrainTable = TrainTable()
     model: tuple[ModelTable, ...]
     quantise: QuantiseTable = QuantiseTable()
@@ -359,7 +341,7 @@ def _problem(detail: ErrorDetails, source: _Source) -> _Problem:
 
 def _known(location: Location) -> list[str]:
     """Names allowed where the unknown key stood."""
-    tables: Mapping[str, type[Table]] = {
+    tables: Mapping[str, type[Section]] = {
         "task": TaskTable, "train": TrainTable, "model": ModelTable, "quantise": QuantiseTable,
         "measure": MeasureTable, "gates": GatesTable, "select": SelectTable, "device_class": DeviceClassTable,
         "faults": FaultsTable, "regenerate": RegenerateTable, "package": PackageTable,

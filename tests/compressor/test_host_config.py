@@ -41,7 +41,7 @@ def test_values_have_types_origins_and_folders_relative_to_the_file(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[fleet]\nquorm = 2", "unknown key 'fleet.quorm'.*did you mean 'quorum'"),
+        ("[fleet]\nquorm = 2", r"unknown key 'fleet\.quorm'.*did you mean 'quorum'"),
         ("[fleeet]\nquorum = 2", "did you mean 'fleet'"),
         ("[fleet]\nquorum = 0", "fleet.quorum.*greater than or equal to 1"),
         ('[fleet]\nname = "Demo Fleet"', "fleet.name.*1 to 36"),
