@@ -49,6 +49,7 @@ class Wearer:
     process: subprocess.Popen[bytes] | None = None
     requests: int = 0
     failed: int = 0
+    retried: int = 0  # sent again once because a connection closed
     time_s: float = 0.0
     pace: float = 40.0  # times life speed
     stop: threading.Event = field(default_factory=threading.Event)
@@ -159,9 +160,10 @@ password_file = "{self.world.broker.password_file(self.device)}"
             while not self.stop.is_set():
                 for row in order_of(self.live, order):
                     if self.stop.wait(self.hop_s / self.pace):
-                        return
+                        break
                     self._ask(client, self.live.windows[row])
                 order += 1
+            self.retried += client.retries
 
     def _ask(self, client: Client, window: np.ndarray) -> int:
         """The predicted class; -1 when the request failed."""
@@ -181,6 +183,7 @@ password_file = "{self.world.broker.password_file(self.device)}"
             for window, label in zip(rows.windows, rows.labels, strict=True):
                 clock.sleep(self.hop_s / pace)
                 right += self._ask(client, window) == label
+            self.retried += client.retries
         return right / len(rows)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Fleet:
     host: Host
     wearers: list[Wearer]
     recipe: Path
+    first_versions: list[int] = field(default_factory=list)  # what each device served before anything happened
     hands_before: int = 0  # steps an operator had taken when the first drift was reported
 
     def close(self) -> None:
@@ -88,6 +89,7 @@ def recover(fleet: Fleet) -> None:
         wearer.start(fleet.host.root, f"{fleet.host.url}/repository", fleet.artifacts, recording)
     for wearer in fleet.wearers:
         wait_until(wearer.is_ready, f"{wearer.device} serves")
+    fleet.first_versions = [version(wearer) for wearer in fleet.wearers]
     context.console.print(f"   the host's page: {fleet.host.page}")
     before = context.world.subscriber.position()
     for wearer in fleet.wearers:
@@ -168,13 +170,13 @@ def _report_loop(fleet: Fleet, loop_s: float) -> None:
         "decision": regeneration["reason"],
     }
     context.report["update"] = {
-        "from": 1,
-        "to": artifact.manifest.version,
+        "from": _same(fleet.first_versions),
+        "to": _same([version(wearer) for wearer in fleet.wearers]),
         "states": [item["update_state"] for item in steps[fleet.wearers[0].device]],
+        "states_by_device": {device: [item["update_state"] for item in seen] for device, seen in steps.items()},
         "moved_bytes": sum(seen[-1]["moved_bytes"] for seen in steps.values()),
         "full_bytes": sum(full_bytes(wearer) for wearer in fleet.wearers),
-        "failed_requests": sum(wearer.failed for wearer in fleet.wearers),
-        "requests": sum(wearer.requests for wearer in fleet.wearers),
+        **_requests(fleet),
     }
     context.report |= {"devices": len(fleet.wearers), "loop": {"seconds": round(loop_s, 1)}}
     context.timeline.add(
@@ -184,6 +186,27 @@ def _report_loop(fleet: Fleet, loop_s: float) -> None:
         f"{context.report['update']['failed_requests']} of {context.report['update']['requests']} requests failed",
         "green",
     )  # fmt: skip
+
+
+def _requests(fleet: Fleet) -> dict[str, int]:
+    return {
+        "failed_requests": sum(wearer.failed for wearer in fleet.wearers),
+        "retried_requests": sum(wearer.retried for wearer in fleet.wearers),
+        "requests": sum(wearer.requests for wearer in fleet.wearers),
+    }
+
+
+def version(wearer: Wearer) -> int:
+    """Version of the active artifact, as the device says."""
+    service = next(item for item in wearer.status()["services"] if item["name"] == SERVICE)
+    return int(next(engine["version"] for engine in service["engines"] if engine["engine"] == SERVICE))
+
+
+def _same(versions: list[int]) -> int:
+    """Raises: StoryError when devices differ."""
+    if len(set(versions)) != 1:
+        raise StoryError(f"the devices serve different versions: {versions}")
+    return versions[0]
 
 
 def regeneration_seconds(fleet: Fleet) -> float:
@@ -251,24 +274,25 @@ def refuse(fleet: Fleet) -> None:
     """(j, k) A broken version 3 from the true pipeline, then a sound one signed with foreign keys."""
     wearer, world = fleet.wearers[0], fleet.context.world
     good, serving = installed(wearer), _digests(wearer)
-    version = good.manifest.version + 1
-    broken = build_broken(good.folder, fleet.out / "broken", version)
+    number_3 = good.manifest.version + 1
+    broken = build_broken(good.folder, fleet.out / "broken", number_3)
     number = _states(fleet, wearer.device)[-1]["desired_version"]
     impostor = Impostor(fleet.out / "impostor")
     try:
         true_url = f"{fleet.host.url}/repository"
         refused = [_offer(fleet, wearer, number + 1, fleet.host.publish(broken), true_url)]
-        forged = impostor.publish(_renumbered(good, fleet.out / "forged", version), wearer.device)
+        forged = impostor.publish(_renumbered(good, fleet.out / "forged", number_3), wearer.device)
         refused.append(_offer(fleet, wearer, number + 2, forged, impostor.url))
     finally:
         impostor.close()
     if _digests(wearer) != serving:
         raise StoryError("a refused version serves")
     accuracy = wearer.perform(fleet.of(Role.NEW_TEST, wearer.number), pace=2 * TEST_PACE)
-    fleet.context.report["refused"] = [{"version": version, **item} for item in refused]
+    fleet.context.report["refused"] = [{"version": number_3, **item} for item in refused]
+    fleet.context.report["update"] |= _requests(fleet)  # nothing failed up to the very end
     fleet.context.timeline.add(
         fleet.context.player.time_s, "⊘",
-        f"version {version} was refused twice: {refused[0]['code']} (its self-test) and {refused[1]['code']} "
+        f"version {number_3} was refused twice: {refused[0]['code']} (its self-test) and {refused[1]['code']} "
         f"(foreign keys); version {good.manifest.version} serves on with accuracy {accuracy:.3f}", "yellow",
     )  # fmt: skip
     world.subscriber.publish(f"ew/1/{FLEET}/{wearer.device}/desired", b"", retain=True)  # nobody shall meet it again
