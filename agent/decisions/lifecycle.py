@@ -55,6 +55,7 @@ REFUSING: Final = frozenset({
     "untrusted", "not_approved", "downgrade", "below_minimum", "incompatible", "too_large", "malformed",
     "unsupported_version", "quarantined",
 })  # fmt: skip
+# These condemn the bytes only where the candidate itself ran; before that they speak of our own child.
 POISONED: Final = frozenset({"golden_mismatch", "resource_limit", "engine_failed", "crashed"})
 
 
@@ -219,7 +220,7 @@ class Lifecycle:
     def _failure(self, code: str) -> Signal:
         if code in REFUSING:
             return Signal.REFUSED
-        if code in POISONED:
+        if code in POISONED and self.update.state in {SE, PR}:
             return Signal.POISONED
         used_up = self.update.attempts >= self.limits.attempts or self.update.steps >= STEPS_BEFORE_SWAP
         return Signal.GIVEN_UP if used_up else Signal.RETRY

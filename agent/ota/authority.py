@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.contract.errors import Corrupt
+from agent.contract.errors import Corrupt, Unavailable
 from agent.contract.repository import FamilyPolicy, is_digest
 from agent.ota import child
-from agent.ota.errors import ClockUnknown
+from agent.ota.errors import ClockUnknown, Crashed, ResourceLimit
 from agent.ota.files import make_folder, read_document, write_document
 
 BUILT_S = 1_767_225_600.0  # 2026-01-01, before this was written; no clock that is right shows less
@@ -89,7 +89,7 @@ class Authority:
         Raises:
             ClockUnknown, MetadataStale: freshness cannot be shown; nothing may be installed now.
             Untrusted, Corrupt, TooLarge, Unavailable: what the repository answers is refused.
-            ResourceLimit, Crashed: the child did not survive it.
+            Unavailable: also when the child was ended or died; a slow network must not look like a bad model.
             DiskFull, StorageError, StateUnreadable: our own files.
         """
         with self._lock:
@@ -112,7 +112,7 @@ class Authority:
             "timeout_s": self._timeout_s,
             "tls_ca": self._tls_ca,
         }
-        verdict, seen, signed_at = _parse(child.run("agent.ota.trust", request, self._limits))
+        verdict, seen, signed_at = _parse(self._ask(request))
         if signed_at > now_s + AHEAD_S:
             raise ClockUnknown(
                 f"the repository was signed {(signed_at - now_s) / 3600:.1f} h in this device's future",
@@ -122,6 +122,13 @@ class Authority:
         self._refusals -= 1
         self._refreshes += 1
         return verdict
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Let the child ask. Raises: Unavailable: it was ended or died; and what it reports."""
+        try:
+            return child.run("agent.ota.trust", request, self._limits)
+        except (ResourceLimit, Crashed) as error:
+            raise Unavailable(f"the repository could not be judged: {error}", hint="It is tried again.") from None
 
     def marks(self) -> Marks:
         """What was seen so far. Raises: StateUnreadable: both copies are damaged."""

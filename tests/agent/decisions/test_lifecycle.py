@@ -14,6 +14,7 @@ from agent.decisions.lifecycle import (
     BUSY,
     MAX_QUARANTINED,
     MAX_STEPS,
+    POISONED,
     RESTING,
     TABLE,
     Lifecycle,
@@ -317,6 +318,28 @@ def test_a_model_with_wrong_golden_answers_is_quarantined_and_never_tried_again(
     assert walk.reports[-1].code == "quarantined"
     walk.tell(DesiredArrived(target(3, "b")))
     assert walk.state is State.FETCHING
+
+
+@pytest.mark.parametrize("code", sorted(POISONED))
+@pytest.mark.parametrize("state", [State.FETCHING, State.VERIFIED])
+def test_before_the_candidate_ran_no_failure_condemns_it(state: State, code: str) -> None:
+    walk = walk_to(state)
+    walk.failed(code)
+    assert walk.state is State.DEFERRED
+    assert walk.life.update.quarantined == ()
+    walk.tell(Tick(), after_s=10)
+    assert walk.state is State.FETCHING
+
+
+@pytest.mark.parametrize("code", sorted(POISONED))
+@pytest.mark.parametrize(("state", "after"), [
+    (State.SELFTEST, State.QUARANTINED), (State.PROBATION, State.ROLLING_BACK)
+])  # fmt: skip
+def test_where_the_candidate_ran_its_failure_condemns_it(state: State, after: State, code: str) -> None:
+    walk = walk_to(state)
+    walk.failed(code)
+    assert walk.state is after
+    assert walk.life.update.quarantined == ("a" * 64,)
 
 
 def test_only_new_digests_can_be_blamed() -> None:

@@ -315,3 +315,21 @@ def test_whatever_a_child_does_becomes_one_of_our_errors(
     run = _answers(tmp_path, monkeypatch, code)
     with pytest.raises(error):
         run(child.Limits(memory_bytes=2**30, cpu_s=1, wall_s=1.5))
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    "code", ["import time; time.sleep(60)", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"]
+)
+def test_a_child_that_is_ended_or_dies_is_a_repository_out_of_reach(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    package = tmp_path / "odd" / "agent" / "ota"
+    package.mkdir(parents=True)
+    (package / "trust.py").write_text(code)
+    monkeypatch.setattr(child, "_PACKAGES", tmp_path / "odd")
+    hasty = Authority(world.folder / "trust", world.root, limits=child.Limits(2**30, 5, 1.0))
+    with pytest.raises(Unavailable, match="the trust child") as caught:
+        hasty.consult("http://127.0.0.1:1", wall_s=NOW_S)
+    assert caught.value.code == "unavailable"
+    assert hasty.marks() == Marks()
