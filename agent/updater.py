@@ -53,6 +53,7 @@ from agent.equipment import Depot
 from agent.journal import Journal
 from agent.orders import Refusal
 from agent.ota.installer import Installer
+from agent.ota.slots import Pointer
 from agent.store import Store
 
 UPDATE = "update"  # name of a value in the store
@@ -106,6 +107,8 @@ class Updater:
         self._from: dict[str, str] = {}
         self._to: dict[str, str] = {}
         self._unsaved = False
+        self._unpointed: Selection | None = None  # what the pointer should name and does not yet
+        self._pointing = self._mispointed = False
         self.lifecycle = Lifecycle(limits)
 
     # --- life -----------------------------------------------------------------------------------------------
@@ -113,7 +116,10 @@ class Updater:
         """Take up what a former process left; `serving` is what this one serves, `problem` why it is not better."""
         saved = self._load()
         update = saved or Update(installed=serving)
-        if update.state not in {State.PROBATION, State.ROLLING_BACK} and update.installed != serving:
+        moving = update.state in {State.PROBATION, State.ROLLING_BACK}
+        if not moving and _is_stray(update, serving) and serving != self._depot.factory_selection:
+            update = replace(update, state=State.ROLLING_BACK)
+        elif not moving and update.installed != serving:
             update = (
                 _healed(update, serving, problem, self._now_s()) if problem else replace(update, installed=serving)
             )
@@ -128,6 +134,7 @@ class Updater:
         if failure is not None:
             self.handle(failure)
         self.handle(Tick())
+        self._point_back()
 
     def handle(self, event: UpdateEvent) -> None:
         self._queue.extend(self.lifecycle.handle(event, self._now_s()))
@@ -223,6 +230,7 @@ class Updater:
             "waiting": {"code": self._wait[0], "text": self._wait[1]},
             "previous": self._labels(update.previous) if update.previous else {},
             "unsaved": self._unsaved,
+            "unpointed": self._unpointed is not None,
             "trials": [
                 {"artifact": self._depot.label(one.digest), "golden_rows": one.golden_rows, "p50_us": one.p50_us,
                  "peak_rss_bytes": one.peak_rss_bytes}
@@ -269,10 +277,13 @@ class Updater:
                 self._install(command)
             case Swap(ticket=ticket, target=target):
                 self._losses = 0
+                self._unpointed = None  # the pointer goes forward now
                 self._slow_before = self._slow()
                 self._prepare(ticket, target.services, self._ready_to_swap)
             case Rollback(ticket=ticket, to=to):
-                self._prepare(ticket, to, self._ready_to_return)
+                self._unpointed = to
+                self._prepare(ticket, to, self._depot.recover)
+                self._point_back()
             case Commit(target=target, previous=previous):
                 keep = target.digests() | digests(previous)
                 self._chores.start(lambda: self._collect(keep), self._collected)
@@ -324,10 +335,22 @@ class Updater:
         self._installer.slots.point(self._pointed(to))
         return to, made
 
-    def _ready_to_return(self, to: Selection) -> tuple[Selection, tuple[Blueprint, ...]]:
-        found, made = self._depot.recover(to)
-        self._installer.slots.point(self._pointed(to))
-        return found, made
+    def _point_back(self) -> None:
+        """Best effort, beside the worker's return and after it: no disk may hold up the way back."""
+        to = self._unpointed
+        if to is None or self._pointing:
+            return
+        self._pointing = True
+
+        def done(outcome: Pointer | EdgewardenError) -> None:
+            self._pointing = False
+            if not isinstance(outcome, EdgewardenError):
+                self._unpointed = None if self._unpointed is to else self._unpointed
+            elif not self._mispointed:
+                self._journal.error("update.pointer", outcome.sentence(), code=outcome.code)
+            self._mispointed = isinstance(outcome, EdgewardenError)
+
+        self._chores.start(lambda: self._installer.slots.point(self._pointed(to)), done)
 
     def _pointed(self, to: Selection) -> Selection | None:
         """The factory's selection follows the configuration: no pointer is kept to it."""
@@ -420,6 +443,14 @@ class Updater:
 
     def _now_s(self) -> float:
         return self._clock[0] + monotonic_s() - self._clock[1]
+
+
+def _is_stray(update: Update, serving: Selection) -> bool:
+    """Whether what the pointer names was taken back: it could not be written then."""
+    if serving == update.installed:
+        return False
+    left = update.state is State.ROLLED_BACK and update.target is not None and serving == update.target.services
+    return left or not digests(serving).isdisjoint(update.quarantined)
 
 
 def _healed(update: Update, serving: Selection, problem: str, now_s: float) -> Update:

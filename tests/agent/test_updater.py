@@ -61,16 +61,18 @@ class Site:
         self.said: list[Publish] = []
         self.reports: list[dict[str, Any]] = []
         self.changes: list[int] = []
-        self.refuse_change = ""
+        self.refuse_version = 0
         self.statuses: dict[str, dict[str, Any]] = {FAMILY: {"benched": {}, "alarms": []}}
-        journal = Journal(io.StringIO(), style=text_style)
+        self.log = io.StringIO()
+        journal = Journal(self.log, style=text_style)
         hooks = Hooks(self._change, self._report, self.said.append, lambda: self.statuses)
         chores = Chores("ew-test", on_fault=self._fault)
         self.updater = Updater(self.store, journal, chores, self.installer, self.depot, limits=limits, hooks=hooks)
 
     def _change(self, _selection: Any, blueprints: Any, told: Callable[[str, str], None]) -> None:
         self.changes.append(blueprints[0].plan.engines[0].version)
-        told(self.refuse_change, "as the test wants")
+        refused = self.changes[-1] == self.refuse_version
+        told("golden_mismatch" if refused else "", "as the test wants")
 
     def _report(self) -> None:
         self.reports.append(self.updater.reported())
@@ -163,22 +165,112 @@ def test_a_full_disk_holds_up_the_update_until_its_state_can_be_stored(world: Wo
 def test_a_worker_that_cannot_start_the_candidate_takes_it_back(world: World) -> None:
     digest = published(world, version=2)
     site = Site(world)
-    site.refuse_change = "golden_mismatch"
+    site.refuse_version = 2
 
     async def story() -> None:
         site.begin()
         with serving(world.repository.folder) as server:
             site.updater.desired(wish(digest, server.url), "director")
-            await site.until(State.ROLLING_BACK)
-            site.refuse_change = ""
             await site.until(State.ROLLED_BACK)
 
     play(story)
+    assert site.states[-3:] == ["probation", "rolling_back", "rolled_back"]
     assert site.changes == [2, 1]
     assert site.reports[-1]["code"] == "golden_mismatch"
     assert site.installer.slots.pointer().current is None
     assert digest in site.updater.lifecycle.update.quarantined
     site.store.close()
+
+
+class Disk:
+    """Ways in which the pointer of a device cannot be written."""
+
+    def __init__(self, state: Path) -> None:
+        self._pointers = [state / "current.json", state / "current.copy.json"]
+        self._temporary = state / ".current.json.tmp"
+
+    def refuse(self) -> None:
+        self._temporary.mkdir()
+
+    def accept(self) -> None:
+        self._temporary.rmdir()
+
+    def fill_once(self) -> None:
+        self._temporary.symlink_to("/dev/full")
+
+    def damage(self) -> None:
+        for pointer in self._pointers:
+            pointer.write_bytes(b"damaged")
+
+
+async def spoil(site: Site, digest: str, url: str, trouble: Callable[[], None]) -> None:
+    """A candidate that fails on probation, after `trouble` befell the disk; over when it is rolled back."""
+    site.begin()
+    site.updater.desired(wish(digest, url), "director")
+    async with asyncio.timeout(20):
+        while not site.updater.lifecycle.update.swapped:
+            site.updater.tick()
+            await asyncio.sleep(0.01)
+    trouble()
+    site.statuses[FAMILY] = {"benched": {"wrist": "failed 3 of 20"}, "alarms": []}
+    await site.until(State.ROLLED_BACK)
+
+
+@pytest.mark.parametrize("trouble", ["refuse", "fill_once", "damage"])
+def test_a_pointer_that_cannot_be_written_does_not_hold_up_the_way_back(world: World, trouble: str) -> None:
+    digest = published(world, version=2)
+    site = Site(world, limits=replace(LIFE, probation_s=1000.0))
+    disk = Disk(world.folder / "state")
+
+    async def story() -> None:
+        with serving(world.repository.folder) as server:
+            await spoil(site, digest, server.url, getattr(disk, trouble))
+        assert site.changes == [2, 1]
+        assert site.reports[-1]["code"] == "engine_failed"
+        if trouble == "refuse":
+            assert site.updater.status()["unpointed"] is True
+            disk.accept()
+        async with asyncio.timeout(20):
+            while site.updater.status()["unpointed"] and trouble != "damage":
+                site.updater.tick()
+                await asyncio.sleep(0.01)
+
+    play(story)
+    assert ("no room" if trouble == "fill_once" else "current.json") in site.log.getvalue()
+    assert site.log.getvalue().count("update.pointer") == 1
+    if trouble != "damage":  # that one waits for a person
+        assert site.installer.slots.pointer().current is None
+    site.store.close()
+
+
+def test_a_candidate_that_was_taken_back_is_not_served_again_because_its_pointer_stayed(world: World) -> None:
+    digest = published(world, version=2)
+    site = Site(world, limits=replace(LIFE, probation_s=1000.0))
+    disk = Disk(world.folder / "state")
+
+    async def story() -> None:
+        with serving(world.repository.folder) as server:
+            await spoil(site, digest, server.url, disk.refuse)
+
+    play(story)
+    site.store.close()
+    disk.accept()
+    again = Site(world)
+    assert again.installer.slots.pointer().current == {FAMILY: Choice({"wrist": digest}, ("wrist",))}
+
+    async def next_start() -> None:
+        again.begin()
+        async with asyncio.timeout(20):
+            while again.updater.status()["unpointed"] or again.updater.lifecycle.update.state is State.ROLLING_BACK:
+                again.updater.tick()
+                await asyncio.sleep(0.01)
+
+    play(next_start)
+    assert again.changes == [1]
+    assert again.updater.lifecycle.update.state is State.ROLLED_BACK
+    assert again.updater.lifecycle.update.installed == again.depot.factory_selection
+    assert again.installer.slots.pointer().current is None
+    again.store.close()
 
 
 @pytest.mark.parametrize(
