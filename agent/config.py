@@ -151,7 +151,9 @@ class OutboxSection(Section):
     )
     max_age_s: float = Field(default=7 * 86_400.0, gt=0, description="Older messages are dropped and counted.")
     keep_unheard: bool = Field(
-        default=True, description="Keep what the broker acknowledged but had no subscriber for, and send it again."
+        default=True,
+        description="Keep what the broker acknowledged but had no subscriber for, and send it again; telemetry only "
+        "until another topic is heard.",
     )
     delete_after: Literal["puback", "host"] = Field(
         default="puback",
