@@ -73,7 +73,9 @@ class Wearer:
 
     def start(self, root: Path, repository: str, artifacts: Path, recording: Path) -> None:
         """Write the configuration and start the agent; `recording` is what it may upload when asked."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists():  # an earlier telling: this device has never seen an update
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True)
         samples = self.folder / "samples"
         samples.mkdir(exist_ok=True)
         shutil.copy(recording, samples / "enrolment.npz")
