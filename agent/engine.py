@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import threading
 import zipfile
 import zlib
@@ -17,8 +18,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+# Since 1.29 the runtime keeps a device id and an event store below HOME and reports to its maker unless told not to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort  # isort: skip
+from onnxruntime.capi import onnxruntime_pybind11_state as native  # isort: skip
 
 from agent import clock
 from agent.contract.errors import ArtifactError, Corrupt, EngineFailed, Incompatible, TooLarge, Unavailable

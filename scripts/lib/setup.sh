@@ -120,6 +120,7 @@ ew_setup() {
   exec 9>&-
   EW_SETUP_SECONDS=$(($(date +%s) - started))
   export EW_ROOT EW_VENV EW_CALLER_PWD EW_SETUP_SECONDS
+  export ORT_DISABLE_TELEMETRY=1 # onnxruntime reports to its maker otherwise
   PATH="$EW_VENV/bin:$PATH:/usr/sbin"
   export PATH
   cd "$EW_ROOT" || exit 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -374,3 +377,23 @@ def test_golden_inputs_have_a_size_limit(tmp_path: Path) -> None:
         file.truncate(MAX_GOLDEN_BYTES + 1)
     with pytest.raises(TooLarge):
         load_golden(tmp_path / "golden.npz")
+
+
+def test_the_runtime_keeps_and_reports_nothing_about_this_device(tmp_path: Path) -> None:
+    home, scratch = tmp_path / "home", tmp_path / "scratch"
+    home.mkdir()
+    scratch.mkdir()
+    model = tmp_path / "model.onnx"
+    save(classifier(), model)
+    program = (
+        f"from pathlib import Path; from agent.engine import OnnxEngine as E; E.load(Path({str(model)!r})).warm()"
+    )
+    environment = {
+        "HOME": str(home),
+        "TMPDIR": str(scratch),
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+    assert list(home.rglob("*")) == []
+    assert list(scratch.iterdir()) == []
