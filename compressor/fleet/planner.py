@@ -31,6 +31,7 @@ class Kind(StrEnum):
     REGENERATE = "regenerate"
 
 
+MAX_HALTED: Final = 2  # regenerations from the same recordings whose rollout was halted, before a person must look
 ASKS: Final = frozenset({Kind.ASK_SAMPLES, Kind.ASK_ENROLMENT})
 
 
@@ -55,6 +56,7 @@ class Outcome(StrEnum):
     RUNNING = "running"  # in training, or on its way to the devices
     DONE = "done"
     FAILED = "failed"
+    HALTED = "halted"  # built and published, but its rollout was halted
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class Situation:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """`row` names the line of the table; `devices` whom it concerns."""
+    """`row` names the line of the table; `devices` whom it concerns; `references` what the counted drift from."""
 
     kind: Kind
     row: str
@@ -125,6 +127,7 @@ class Decision:
     devices: tuple[str, ...]
     reason: str
     numbers: dict[str, float]
+    references: tuple[str, ...] = ()
 
     @property
     def identity(self) -> tuple[str, str, str, tuple[str, ...]]:
@@ -318,10 +321,16 @@ def facts_of(situation: Situation, case: Case) -> Facts:
         asked=Ask.NONE not in asks,
         complete=Ask.OPEN not in situation.asks.values() and _nobody_else(situation),
         delivered=len(delivered) >= situation.limits.quorum,
-        failed=any(a.outcome is Outcome.FAILED and delivered <= a.devices for a in situation.attempts),
+        failed=_failed_before(situation, delivered),
         budget=situation.budget_left > 0,
         held=situation.held,
     )
+
+
+def _failed_before(situation: Situation, delivered: set[str]) -> bool:
+    """A pipeline failed with these recordings, or what came of them was halted too often."""
+    same = [attempt.outcome for attempt in situation.attempts if delivered <= attempt.devices]
+    return Outcome.FAILED in same or same.count(Outcome.HALTED) >= MAX_HALTED
 
 
 def delivered_of(situation: Situation) -> set[str]:
@@ -354,7 +363,8 @@ def _decide(situation: Situation, case: Case) -> Decision:
         "asked_count": int(numbers["asked"]),
     }
     reason = row.reason.format(**words) + _doubt(case)
-    return Decision(row.kind, row.name, situation.cohort, situation.service, devices, reason, numbers)
+    references = tuple(sorted({report.reference for report in case.reports}))
+    return Decision(row.kind, row.name, situation.cohort, situation.service, devices, reason, numbers, references)
 
 
 def _concerned(situation: Situation, case: Case, kind: Kind) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Connection, Row, messages, plans
 from compressor.fleet.evidence import ALARMS, Standing, largest_shift, standing
 from compressor.fleet.planner import Ask, Attempt, Limits, Outcome, Report, Situation
+from compressor.fleet.rollout import State
 
 DAY_S = 86_400.0
 EVIDENCE_S = 7 * DAY_S  # a report nobody renewed or cleared for so long no longer stands
@@ -103,15 +104,18 @@ def attempts_of(
     jobs: Iterable[Row[Any]], rollouts: Iterable[Row[Any]], cohort: str, service: str
 ) -> tuple[Attempt, ...]:
     """Regenerations of this cohort and service, with what became of them."""
-    on_their_way = {row.job for row in rollouts if row.state in plans.OPEN_ROLLOUTS}
+    newest = {row.job: row.state for row in rollouts}
     return tuple(
-        Attempt(frozenset(row.devices), frozenset(row.references) - {""}, _outcome(row, on_their_way))
+        Attempt(frozenset(row.devices), frozenset(row.references) - {""}, _outcome(row, newest.get(row.id)))
         for row in jobs
         if (row.cohort, row.service) == (cohort, service)
     )
 
 
-def _outcome(job: Row[Any], on_their_way: set[int | None]) -> Outcome:
-    if job.state in plans.OPEN_JOBS or job.id in on_their_way:
+def _outcome(job: Row[Any], rollout: str | None) -> Outcome:
+    """rollout: state of the newest rollout of this job's artifacts; None = there is none."""
+    if job.state in plans.OPEN_JOBS or rollout in plans.OPEN_ROLLOUTS:
         return Outcome.RUNNING
-    return Outcome.FAILED if job.state == "failed" else Outcome.DONE
+    if job.state == "failed":
+        return Outcome.FAILED
+    return Outcome.HALTED if rollout == State.HALTED else Outcome.DONE

@@ -142,10 +142,9 @@ class Steward:
         with self._database.reading() as tx:
             found = situations(tx, self._config, self._catalogue, now_s=now_s)
         for situation in found:
-            references = sorted({report.reference for report in situation.reports} - {""})
             for decision in plan(situation):
                 number = self._record(decision, now_s)
-                self._act(decision, number, {r.device: r.reference for r in situation.reports}, references, now_s)
+                self._act(decision, number, {r.device: r.reference for r in situation.reports}, now_s)
 
     def _record(self, decision: Decision, now_s: float) -> int:
         fields = {
@@ -158,9 +157,7 @@ class Steward:
                 self._note(tx, "decision", f"{decision.kind.value}: {decision.reason}", now_s)
         return number
 
-    def _act(
-        self, decision: Decision, number: int, reference_of: dict[str, str], references: list[str], now_s: float
-    ) -> None:
+    def _act(self, decision: Decision, number: int, reference_of: dict[str, str], now_s: float) -> None:
         mine = (self._config.regeneration.cohort, self._config.regeneration.service)
         if (decision.cohort, decision.service) != mine or self._means.trainer is None:
             return
@@ -168,7 +165,7 @@ class Steward:
             for device in decision.devices:
                 self._ask(device, decision.service, reference_of.get(device, ""), number, now_s)
         elif decision.kind is Kind.REGENERATE:
-            self._order(decision, number, references, now_s)
+            self._order(decision, number, now_s)
 
     # --- recordings ---------------------------------------------------------------------------------------------
     def _ask(self, device: str, service: str, reference: str, number: int, now_s: float) -> None:
@@ -227,14 +224,21 @@ class Steward:
                 )
 
     # --- pipelines ----------------------------------------------------------------------------------------------
-    def _order(self, decision: Decision, number: int, references: list[str], now_s: float) -> None:
+    def _order(self, decision: Decision, number: int, now_s: float) -> None:
+        """Learn from the recordings of the decision's devices about its references, from no others."""
         with self._database.writing() as tx:
             if plans.jobs(tx, states=plans.OPEN_JOBS):
                 return
-            samples = _newest_of_each(plans.samples(tx, service=decision.service, states=("accepted",)))
+            accepted = plans.samples(tx, service=decision.service, states=("accepted",))
+            samples = _newest_of_each([row for row in accepted if _is_about(decision, row)])
+            if len(samples) < self._config.fleet.quorum:
+                text = f"{len(samples)} of {self._config.fleet.quorum} recordings are about what the devices report"
+                self._means.say("debug", "job", f"no regeneration: {text}")
+                return
             job = plans.add_job(
                 tx, cohort=decision.cohort, service=decision.service, decision=number, created_at=now_s,
-                devices=list(decision.devices), references=references, samples=[row.id for row in samples],
+                devices=list(decision.devices), references=sorted({*decision.references} - {""}),
+                samples=[row.id for row in samples],
             )  # fmt: skip
             whose = ", ".join(sorted(row.device for row in samples))
             self._note(tx, "job", f"regeneration {job} ordered from the recordings of {whose}", now_s)
@@ -446,6 +450,10 @@ def _said(device: Row[Any]) -> rollouts.Said | None:
 def _bytes(document: Any) -> bytes:
     """A stored envelope; the signature is over the canonical form of what it carries, so any JSON form will do."""
     return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _is_about(decision: Decision, sample: Row[Any]) -> bool:
+    return sample.device in decision.devices and sample.reference in decision.references
 
 
 def _newest_of_each(samples: Sequence[Row[Any]]) -> list[Row[Any]]:

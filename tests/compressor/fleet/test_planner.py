@@ -181,6 +181,12 @@ def test_a_failed_regeneration_is_not_repeated_from_the_same_recordings() -> Non
     assert only(plan(situation(*EVERYBODY, asks=DELIVERED, attempts=(of_two,)))).row == "regenerate"
 
 
+def test_a_halted_regeneration_is_repeated_once_and_then_left_to_a_person() -> None:
+    halted = Attempt(frozenset(DEVICES), frozenset({V1}), Outcome.HALTED)
+    rows = [only(plan(situation(*EVERYBODY, asks=DELIVERED, attempts=(halted,) * n))).row for n in (0, 1, 2)]
+    assert rows == ["regenerate", "regenerate", "failed-before"]
+
+
 def test_what_a_regeneration_answered_is_not_acted_on_again() -> None:
     done = Attempt(frozenset(DEVICES), frozenset({V1}), Outcome.DONE)
     assert only(plan(situation(*EVERYBODY, asks=DELIVERED, attempts=(done,)))).row == "answered"

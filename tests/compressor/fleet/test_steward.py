@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from agent.contract.artifact import sha256
 from agent.contract.errors import ConfigError, DiskFull
 from agent.contract.topics import Topics
 from compressor.config import HostConfig
@@ -77,8 +78,6 @@ class World:
         return Key(device, "b1", self.seq)
 
     def drifts(self, device: str, *, reference: bytes = REFERENCE[1], evidence: bool = True, **details: Any) -> None:
-        from agent.contract.artifact import sha256
-
         if evidence:
             window = drift_window(reference=reference)
             fields = {name: window.pop(name) for name in ("service", "view", "reference", "rows")}
@@ -91,6 +90,15 @@ class World:
     def breaks(self, device: str, *channels: str) -> None:
         self.hear(EventSeen(self.key(device), NOW, "warning", "sensor", "wrist", "gx is dead", channels, {},
                             {"raised": True, "alarm": "dead", "level": "broken-input"}))  # fmt: skip
+
+    def holds_recording(self, device: str, reference: bytes) -> None:
+        with self.database.writing() as tx:
+            path = self.folder / f"{device}.npz"
+            path.write_bytes(recording())
+            devices.change(tx, device, now_s=self.now)
+            plans.add_sample(tx, id=f"of-{device}", device=device, service="wrist", reference=sha256(reference),
+                             decision=0, token_sha256="0" * 64, max_bytes=10, asked_at=self.now)  # fmt: skip
+            plans.change_sample(tx, f"of-{device}", state="accepted", settled_at=self.now, path=str(path))
 
     def delivers(self, device: str) -> None:
         with self.database.writing() as tx:
@@ -199,6 +207,35 @@ def test_devices_whose_windows_show_nothing_do_not_make_a_quorum(world: World) -
         world.delivers(device)
     world.step(later_s=1000)
     assert world.rows()[-1] == "under-quorum"
+    assert world.trainer.started == []
+
+
+def test_a_liar_and_a_device_of_another_cohort_contribute_nothing_to_a_training(world: World) -> None:
+    world.holds_recording("stranger", REFERENCE[1])
+    for device in DEVICES[:2]:
+        world.drifts(device)
+    world.drifts("w3", reference=b"invented", evidence=False)
+    world.step()
+    for device in DEVICES:
+        world.delivers(device)
+    world.step(later_s=100)
+    ((_, recordings, _),) = world.trainer.started
+    assert recordings == ["w1.npz", "w2.npz"]
+    with world.database.reading() as tx:
+        assert plans.jobs(tx)[0].references == [sha256(REFERENCE[1])]
+
+
+def test_recordings_about_something_else_do_not_make_up_for_missing_ones(world: World) -> None:
+    for device in DEVICES[:2]:
+        world.drifts(device)
+    world.drifts("w3", reference=b"invented", evidence=False)
+    world.step()
+    world.delivers("w1")
+    world.delivers("w3")
+    world.step(later_s=101)
+    world.step(later_s=101)
+    world.step()
+    assert world.rows()[-1] == "regenerate"
     assert world.trainer.started == []
 
 
@@ -345,6 +382,21 @@ def test_a_device_that_rejects_halts_the_rollout_and_others_are_offered_nothing(
     assert world.wire.retained["ew/1/demo/w1/desired"] != b""
     world.step(later_s=1000)
     assert len(world.trainer.started) == 1
+
+
+def test_what_was_halted_answers_nothing_and_is_tried_once_more_within_the_budget(world: World) -> None:
+    world.to_rollout()
+    for attempt in (1, 2):
+        assert len(world.trainer.started) == attempt
+        world.reports("w1", attempt, "quarantined", "golden_mismatch")
+        world.step()
+        assert world.rollout().state == "halted"
+        world.step()
+        assert world.rows()[-1] == ("budget-spent", "failed-before")[attempt - 1]
+        world.step(later_s=86_400)
+        for _ in range(4):
+            world.step()
+    assert len(world.trainer.started) == 2
 
 
 def test_an_operator_halts_a_rollout(world: World) -> None:
