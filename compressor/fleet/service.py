@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
 import threading
@@ -24,7 +25,7 @@ from agent import clock
 from agent.contract.desired import Desired, SignedCommand, seal
 from agent.contract.errors import ConfigError, EdgewardenError
 from compressor.config import HostConfig
-from compressor.files import write_file
+from compressor.files import storage_error
 from compressor.fleet.broker import BrokerAddress, make_tls, read_password
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Database, devices, plans
@@ -41,6 +42,7 @@ REST_S = 0.1  # and never more often than that
 TIDY_S = 300.0
 STOP_S = 3  # open connections get so long to end
 MAX_CONNECTIONS = 256
+LEAST_TOKEN = 16  # characters
 
 Say = Callable[[str, str, str], None]
 
@@ -337,11 +339,28 @@ def read_token(config: HostConfig) -> str:
     """The operator's token for the page; made at the first start. Raises: ConfigError, StorageError."""
     path = Path(config.web.token_file) if config.web.token_file else config.host.folder / "web.token"
     try:
-        if path.exists():
-            return path.read_text(encoding="utf-8").strip()
+        token = path.read_text(encoding="utf-8").strip() if path.exists() else _make_token(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the token {path}: {error}") from None
-    token = new_token()
-    write_file(path, token.encode())
-    path.chmod(0o600)
+    if len(token) < LEAST_TOKEN:
+        raise ConfigError(
+            f"the token in {path} has {len(token)} characters, at least {LEAST_TOKEN} are needed",
+            hint="Remove the file: the host makes a new token at its next start.",
+        )
+    return token
+
+
+def _make_token(path: Path) -> str:
+    """A new token in a file that nobody else can read at any moment. Raises: StorageError."""
+    token, fresh = new_token(), path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.unlink(missing_ok=True)
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(token)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        raise storage_error(error, path) from error
     return token

@@ -22,7 +22,7 @@ from agent.contract.repository import FamilyPolicy
 from agent.contract.signed import key_id
 from compressor.config import HostConfig
 from compressor.fleet.database import plans, timeline
-from compressor.fleet.service import Service
+from compressor.fleet.service import Service, read_token
 from compressor.keys import KeyRing
 from compressor.publish import Repository
 from scripts.story.broker import OPERATOR, Broker
@@ -180,6 +180,28 @@ def test_a_port_in_use_is_told_and_the_folder_is_free_again(broker: Broker, tmp_
         host.thread.start()
         host.service.wait_ready(10)
         host.stop()
+
+
+@pytest.mark.parametrize("text", ["", "\n", "fifteen-letters"])
+def test_a_token_that_anybody_could_guess_is_refused(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "web.token"
+    file.write_text(text)
+    config = HostConfig.model_validate({"host": {"folder": tmp_path}, "fleet": {"name": FLEET}})
+    with pytest.raises(ConfigError, match="at least 16 are needed"):
+        read_token(config)
+
+
+def test_the_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+    config = HostConfig.model_validate({"host": {"folder": tmp_path}, "fleet": {"name": FLEET}})
+    before = os.umask(0)
+    try:
+        token = read_token(config)
+    finally:
+        os.umask(before)
+    assert len(token) >= 16
+    assert (tmp_path / "web.token").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in tmp_path.iterdir()] == ["web.token"]
+    assert read_token(config) == token
 
 
 def test_an_enrolled_device_may_speak_at_once(host: Host, broker: Broker) -> None:
