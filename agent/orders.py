@@ -20,6 +20,7 @@ from agent.clock import monotonic_s, wall_s
 from agent.contract import signed
 from agent.contract.desired import Desired, SignedCommand, open_command, open_desired
 from agent.contract.errors import EdgewardenError
+from agent.contract.topics import is_word
 
 SEQUENCE = "command_seq"  # name of a value in the store
 KEYS_LIVE_S = 300.0  # a withdrawn key is believed so much longer at most
@@ -126,6 +127,9 @@ class Orders:
             self._judge()
 
     def take_command(self, op: str, envelope: bytes, correlation: bytes) -> None:
+        if not is_word(op):  # the topic's last level is anybody's text; there is no topic to answer on
+            self._refused["malformed"] += 1
+            return
         letter = _Letter(op, envelope, correlation)
         if len(self._commands) >= MAX_COMMANDS:
             self._refuse(letter, "overflow", f"{MAX_COMMANDS} commands wait already")
@@ -151,10 +155,15 @@ class Orders:
 
     # --- judging --------------------------------------------------------------------------------------------
     def _judge(self) -> None:
-        if self._desired is not None and self._is_settled(self._desired):
-            self._desired = None
-        while self._commands and self._is_settled(self._commands[0]):
-            self._commands.popleft()
+        """A letter is put away before it is judged: what goes wrong with one cannot come back with every tick."""
+        desired, self._desired = self._desired, None
+        if desired is not None and not self._is_settled(desired):
+            self._desired = desired
+        while self._commands:
+            letter = self._commands.popleft()
+            if not self._is_settled(letter):
+                self._commands.appendleft(letter)
+                break
         if self._desired is not None or self._commands:
             self._refresh()
 

@@ -56,6 +56,7 @@ class Steering:
         self._pilot = pilot
         errands = Chores("ew-errand", on_fault=pilot.note_fault)
         self._enrolment = Enrolment(parts.config, parts.store, errands, self._enrolled)
+        self._unreadable_marks = 0
         self.updater: Updater | None = None
         self._orders: Orders | None = None
         if parts.installer is not None:
@@ -94,7 +95,8 @@ class Steering:
         """How updates, orders and enrolment stand; `state` "off" = this device is not updated."""
         orders = self._orders.statistics() if self._orders else {"accepted": 0, "refused": {}, "waiting": 0}
         update = self.updater.status() if self.updater else {"state": "off"}
-        return {**update, "orders": orders, "enrolment": self._enrolment.status()}
+        marks = {"unreadable": self._unreadable_marks}
+        return {**update, "orders": orders, "enrolment": self._enrolment.status(), "acknowledgements": marks}
 
     # --- what arrives ---------------------------------------------------------------------------------------
     def _arrived(self, inbound: Inbound) -> None:
@@ -114,7 +116,8 @@ class Steering:
         try:
             committed = json.loads(payload)["committed"] if len(payload) <= MAX_ACK_BYTES else {}
             marks = {str(boot): int(seq) for boot, seq in list(committed.items())[:MAX_BOOTS]}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            self._unreadable_marks += 1
             return
         if self._parts.config.outbox.delete_after == "host":
             self._follow_host()

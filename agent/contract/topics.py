@@ -79,7 +79,12 @@ class Topics:
         return f"{self.base}/res/{_word(op)}"
 
 
+def is_word(text: str) -> bool:
+    """Whether it can be a level of ours: a kind of event, a command."""
+    return _KIND.fullmatch(text) is not None
+
+
 def _word(text: str) -> str:
-    if not _KIND.fullmatch(text):
+    if not is_word(text):
         raise ContractError(f"'{text[:60]}' cannot stand in a topic", hint="Use a-z, 0-9, '_' and '-'.")
     return text

@@ -10,9 +10,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from agent.chores import Chores
 from agent.clock import monotonic_s, wall_s
 from agent.contract.desired import Desired, SignedCommand, seal
-from agent.contract.errors import Unavailable
+from agent.contract.errors import ContractError, Unavailable
 from agent.contract.signed import key_id, public_bytes
-from agent.orders import MAX_COMMANDS, MAX_WORDS, SEQUENCE, Handlers, Keys, Orders
+from agent.orders import MAX_COMMANDS, MAX_WORDS, SEQUENCE, Handlers, Keys, Orders, Refusal
 
 DIRECTOR, SUCCESSOR, STRANGER = (Ed25519PrivateKey.generate() for _ in range(3))
 
@@ -57,10 +57,13 @@ class Desk:
             handlers=Handlers(
                 lambda document, director: self.heard.append(("desired", document.version, director)),
                 lambda order: self.heard.append((order.command.op, order.command.seq, order.correlation)),
-                lambda refusal: self.heard.append((refusal.what, refusal.code, refusal.claimed)),
+                self.hear,
                 lambda code, _text: self.waits.append(code),
             ),
         )  # fmt: skip
+
+    def hear(self, refusal: Refusal) -> None:
+        self.heard.append((refusal.what, refusal.code, refusal.claimed))
 
     def _ask(self, repository: str) -> Keys:
         asked_s = monotonic_s()
@@ -223,3 +226,37 @@ def test_a_flood_of_forgeries_is_bounded_in_memory_in_questions_and_in_words() -
     assert sum(desk.orders.statistics()["refused"].values()) == 59
     assert len(desk.heard) == MAX_WORDS
     assert len(desk.asked) <= 2
+
+
+@pytest.mark.parametrize("op", ["UPPER", "", "ping/again", "x" * 5000, "\u00fc"])
+def test_a_command_on_a_topic_that_has_no_answer_is_counted_and_gone(op: str) -> None:
+    async def story(desk: Desk) -> None:
+        desk.orders.take_command(op, b"junk", b"c")
+        desk.orders.take_command(op, command(1), b"c")
+        desk.orders.tick()
+
+    desk = play(story, Desk())
+    assert desk.heard == []
+    assert desk.orders.statistics()["refused"] == {"malformed": 2}
+    assert desk.orders.statistics()["waiting"] == 0
+
+
+def test_a_letter_whose_refusal_goes_wrong_does_not_come_back() -> None:
+    class Mute(Desk):
+        def hear(self, refusal: Refusal) -> None:
+            self.heard.append(refusal.what)
+            raise ContractError("there is no way to say so")
+
+    async def story(desk: Desk) -> None:
+        desk.orders.take_command("ping", command(1), b"")
+        await desk.until(lambda: desk.heard)
+        for take in (
+            lambda: desk.orders.take_command("ping", b"junk", b""),
+            lambda: desk.orders.take_desired(b"junk"),
+        ):
+            with pytest.raises(ContractError):
+                take()
+            assert desk.orders.statistics()["waiting"] == 0
+            desk.orders.tick()
+
+    assert play(story, Mute()).heard[1:] == ["ping", "desired"]

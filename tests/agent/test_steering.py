@@ -72,12 +72,25 @@ def test_the_first_acknowledgement_is_remembered(parts: Parts) -> None:
 
 
 @pytest.mark.parametrize(
-    "payload", [b"", b"nonsense", b"[]", b'{"committed": 7}', b'{"committed": {"b": "x"}}', b'{"v": 1}', b"[" * 9000]
+    "payload",
+    [
+        b"",
+        b"nonsense",
+        b"[]",
+        b'{"committed": 7}',
+        b'{"committed": {"b": "x"}}',
+        b'{"v": 1}',
+        b"[" * 9000,
+        b'{"committed": {"b": 1e999}}',
+        b'{"committed": {"b": -1e999}}',
+        b'{"committed": {"b": NaN}}',
+    ],
 )
 def test_a_watermark_that_is_none_changes_nothing(parts: Parts, payload: bytes) -> None:
     sent(parts)
-    arrive(parts, payload)
+    steering = arrive(parts, payload)
     assert parts.outbox.statistics()["rows"] == 1
+    assert steering.status()["acknowledgements"] == {"unreadable": 1}
 
 
 def test_documents_for_a_device_that_is_not_updated_are_not_looked_at(parts: Parts) -> None:
