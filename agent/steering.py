@@ -160,7 +160,8 @@ class Steering:
 
         def ask(repository: str) -> Keys:
             asked_s = monotonic_s()
-            keys = installer.directors(repository, wall_s=wall_s())
+            services = [section.name for section in config.service]
+            keys = installer.directors(repository, wall_s=wall_s(), families=services)
             return Keys(keys, installer.authority.marks().floor_s, asked_s)
 
         return Orders(
@@ -172,8 +173,8 @@ class Steering:
     def _crew(self, updater: Updater) -> Crew:
         pilot = self._pilot
         return Crew(
-            roll_back=updater.roll_back, decide=pilot.decide, tell_birth=pilot.tell_birth, report=pilot.report,
-            publish=pilot.publish, refused=updater.refused,
+            roll_back=updater.roll_back_as_ordered, decide=pilot.decide, tell_birth=pilot.tell_birth,
+            report=pilot.report, publish=pilot.publish, refused=updater.refused,
             shape=self._shape, engines=self._engines,
         )  # fmt: skip
 

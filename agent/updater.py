@@ -187,8 +187,19 @@ class Updater:
         if self._losses >= LOSSES:
             self.handle(CandidateFailed("crashed", f"{self._losses} workers were lost on probation: {reason}"))
 
+    def roll_back_as_ordered(self, text: str) -> bool:
+        """A director wants the previous selection, which the signed minimums must still allow; False = there is none.
+
+        Raises:
+            BelowMinimum; StateUnreadable, Corrupt, Unavailable: it cannot be judged.
+        """
+        update = self.lifecycle.update
+        if update.state in RESTING and update.previous is not None:
+            self._installer.check_minimums(update.previous)
+        return self.roll_back(text)
+
     def roll_back(self, text: str) -> bool:
-        """An operator or a director wants the previous selection; False = there is none."""
+        """An operator wants the previous selection, whatever its versions; False = there is none."""
         before = self.lifecycle.update
         self.handle(RollbackAsked(text))
         return self.lifecycle.update is not before

@@ -9,8 +9,8 @@ below its floor, or a repository signed far in our future, means that freshness 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,14 @@ CHILD_LIMITS = child.Limits(memory_bytes=512 * 1024 * 1024, cpu_s=30, wall_s=90.
 
 @dataclass(frozen=True, slots=True)
 class Marks:
-    """`seen`: role -> (highest version, digest of its key ids). `floor_s`: newest time the repository signed."""
+    """`seen`: role -> (highest version, digest of its key ids). `floor_s`: newest time the repository signed.
+
+    `minimums`: family -> name -> the highest minimum version a signed policy ever asked for.
+    """
 
     seen: dict[str, tuple[int, str]] = field(default_factory=dict)
     floor_s: float = BUILT_S
+    minimums: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,8 @@ class Authority:
                 f"the repository was signed {(signed_at - now_s) / 3600:.1f} h in this device's future",
                 hint="Set the clock of this device, or of the publisher.",
             )
-        self._remember(Marks({**marks.seen, **seen}, max(marks.floor_s, signed_at)), marks)
+        minimums = _raised(marks.minimums, verdict.policies)
+        self._remember(Marks({**marks.seen, **seen}, max(marks.floor_s, signed_at), minimums), marks)
         self._refusals -= 1
         self._refreshes += 1
         return verdict
@@ -136,7 +141,8 @@ class Authority:
         if document is None:
             return Marks()
         seen = {role: (int(version), str(keys)) for role, (version, keys) in document["seen"].items()}
-        return Marks(seen, max(float(document["floor_s"]), BUILT_S))
+        minimums = {family: dict(names) for family, names in document.get("minimums", {}).items()}
+        return Marks(seen, max(float(document["floor_s"]), BUILT_S), minimums)
 
     def statistics(self) -> dict[str, float]:
         """Flat numbers for status and metrics."""
@@ -144,7 +150,7 @@ class Authority:
 
     def _remember(self, marks: Marks, before: Marks) -> None:
         if marks != before:
-            write_document(self._folder / MARKS, {"seen": marks.seen, "floor_s": marks.floor_s})
+            write_document(self._folder / MARKS, asdict(marks))
 
 
 def judge_clock(wall_s: float, floor_s: float) -> float:
@@ -155,6 +161,16 @@ def judge_clock(wall_s: float, floor_s: float) -> float:
             hint="Installing waits until the clock is set; serving goes on.",
         )
     return max(wall_s, floor_s)
+
+
+def _raised(before: dict[str, dict[str, int]], policies: Mapping[str, FamilyPolicy]) -> dict[str, dict[str, int]]:
+    """The highest minimum of each name, seen before or asked for now."""
+    after = {family: dict(names) for family, names in before.items()}
+    for family, policy in policies.items():
+        names = after.setdefault(family, {})
+        for name, minimum in policy.minimum_version.items():
+            names[name] = max(minimum, names.get(name, 0))
+    return {family: names for family, names in after.items() if names}
 
 
 def _parse(answer: dict[str, Any]) -> tuple[Verdict, dict[str, tuple[int, str]], float]:

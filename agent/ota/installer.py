@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from agent.contract.artifact import FILES, Artifact, Blob, Manifest, open_artifact, parse_manifest
-from agent.contract.errors import EdgewardenError, Incompatible, TooLarge
-from agent.contract.repository import TARGETS, blob_path, manifest_path, stored_path
+from agent.contract.artifact import FILES, MANIFEST, Artifact, Blob, Manifest, open_artifact, parse_manifest, sha256
+from agent.contract.errors import EdgewardenError, Incompatible, TooLarge, Unavailable
+from agent.contract.repository import TARGETS, FamilyPolicy, blob_path, manifest_path, stored_path
 from agent.decisions.updates import Fetch, Selection, SelfTest, StepDone, StepFailed, Target, Verify, digests
 from agent.ota import acceptance, child, wire
 from agent.ota.authority import Authority, SignedManifest, Verdict
@@ -88,9 +88,38 @@ class Installer:
             return StepFailed(command.ticket, error.code, error.sentence(), moved, blamed)
         return StepDone(command.ticket, self.downloads.moved_bytes - before)
 
-    def directors(self, repository: str, *, wall_s: float) -> dict[str, str]:
-        """The keys that may sign `desired` and commands. Raises: as `Authority.consult`."""
-        return self.authority.consult(repository, wall_s=wall_s).directors
+    def directors(self, repository: str, *, wall_s: float, families: Iterable[str] = ()) -> dict[str, str]:
+        """The keys that may sign `desired` and commands; the minimums of `families` are remembered beside.
+
+        Raises: as `Authority.consult`.
+        """
+        return self.authority.consult(repository, wall_s=wall_s, families=families).directors
+
+    def check_minimums(self, selection: Selection) -> None:
+        """Whether a director may order this selection without a document, by the minimums seen so far.
+
+        Quick: manifests are read, not what they describe. Any thread may ask.
+
+        Raises:
+            BelowMinimum; StateUnreadable: what was seen is not known. Corrupt, Unavailable: an artifact is not here.
+        """
+        minimums = self.authority.marks().minimums
+        for service, choice in selection.items():
+            policy = FamilyPolicy(minimum_version=minimums.get(service, {}))
+            for digest in choice.artifacts.values():
+                manifest = self._manifest(digest)
+                wish = acceptance.Wish(self.site.device, rollback=True)
+                acceptance.check_version(manifest.name, manifest.version, policy, wish)
+
+    def _manifest(self, digest: str) -> Manifest:
+        folder = self.slots.path(digest) if self.slots.has(digest) else self.site.factory.get(digest)
+        try:
+            data = (folder / MANIFEST).read_bytes() if folder else b""
+        except OSError:
+            data = b""
+        if sha256(data) != digest:
+            raise Unavailable(f"the manifest {digest[:12]} is not here, or damaged")
+        return parse_manifest(data)
 
     def artifact(self, digest: str) -> Artifact:
         """An artifact that is here: in a slot, or from the factory. Raises: Unavailable, Corrupt."""

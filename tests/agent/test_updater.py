@@ -17,12 +17,14 @@ from agent.config import AgentConfig
 from agent.contract.artifact import open_artifact
 from agent.contract.desired import Desired
 from agent.contract.errors import DiskFull
+from agent.contract.repository import FamilyPolicy
 from agent.decisions.events import Publish
 from agent.decisions.lifecycle import Limits
 from agent.decisions.updates import Choice, State, Update
 from agent.equipment import Depot
 from agent.journal import Journal, text_style
 from agent.orders import Refusal
+from agent.ota.errors import BelowMinimum
 from agent.ota.installer import Installer
 from agent.ota.installer import Site as Place
 from agent.store import Store
@@ -377,4 +379,45 @@ def test_without_a_previous_selection_there_is_no_way_back(world: World) -> None
         assert site.updater.roll_back("please") is False
 
     play(story)
+    site.store.close()
+
+
+def test_a_director_cannot_order_the_way_back_below_a_minimum_that_was_signed(world: World) -> None:
+    digest = published(world, version=2)
+    site = Site(world)
+
+    async def story() -> None:
+        site.begin()
+        with serving(world.repository.folder) as server:
+            site.updater.desired(wish(digest, server.url), "director")
+            await site.until(State.COMMITTED)
+            world.repository.set_policy(FAMILY, FamilyPolicy("approve", (), {"wrist": 2}), now_s=wall_s())
+            site.installer.directors(server.url, wall_s=wall_s(), families=[FAMILY])
+        with pytest.raises(BelowMinimum, match="minimum 2"):
+            site.updater.roll_back_as_ordered("ordered")
+        assert site.updater.lifecycle.update.state is State.COMMITTED
+        assert site.updater.roll_back("an operator is here") is True
+        await site.until(State.ROLLED_BACK)
+
+    play(story)
+    assert site.installer.authority.marks().minimums == {FAMILY: {"wrist": 2}}
+    assert site.changes == [2, 1]
+    site.store.close()
+
+
+def test_a_director_may_order_the_way_back_to_what_no_minimum_forbids(world: World) -> None:
+    digest = published(world, version=2)
+    site = Site(world)
+
+    async def story() -> None:
+        site.begin()
+        assert site.updater.roll_back_as_ordered("too early") is False
+        with serving(world.repository.folder) as server:
+            site.updater.desired(wish(digest, server.url), "director")
+            await site.until(State.COMMITTED)
+            assert site.updater.roll_back_as_ordered("ordered") is True
+            await site.until(State.ROLLED_BACK)
+
+    play(story)
+    assert site.changes == [2, 1]
     site.store.close()

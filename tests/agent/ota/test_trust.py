@@ -333,3 +333,19 @@ def test_a_child_that_is_ended_or_dies_is_a_repository_out_of_reach(
         hasty.consult("http://127.0.0.1:1", wall_s=NOW_S)
     assert caught.value.code == "unavailable"
     assert hasty.marks() == Marks()
+
+
+def test_the_highest_minimum_ever_signed_is_remembered(world: World, server: Server) -> None:
+    trusted = Authority(world.folder / "trust", world.root, timeout_s=5.0, limits=LIMITS)
+    trusted.consult(server.url, wall_s=NOW_S, families=[FAMILY, "unknown"])
+    assert trusted.marks().minimums == {}
+    world.repository.set_policy(FAMILY, FamilyPolicy("auto", (DEVICE,), {"wrist": 3}), now_s=NOW_S)
+    trusted.consult(server.url, wall_s=NOW_S, families=[FAMILY])
+    trusted.consult(server.url, wall_s=NOW_S)
+    assert marks(world).minimums == {FAMILY: {"wrist": 3}}
+
+
+def test_marks_from_before_minimums_were_kept_can_be_read(world: World) -> None:
+    trusted = Authority(world.folder / "trust", world.root)
+    write_document(world.folder / "trust" / authority.MARKS, {"seen": {"root": [2, "k"]}, "floor_s": NOW_S})
+    assert trusted.marks() == Marks({"root": (2, "k")}, NOW_S)
