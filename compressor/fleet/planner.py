@@ -180,9 +180,7 @@ class Row:
         )
 
 
-CONDITIONS: Final = (
-    "running", "fresh", "quorum", "known", "asked", "complete", "delivered", "failed", "budget", "held",
-)  # fmt: skip
+CONDITIONS: Final = ("running", "fresh", "quorum", "known", "asked", "complete", "delivered", "failed", "budget", "held")
 _TRAIN: Final = (Pattern.COMMON, Pattern.NOVELTY)
 _NEW: Final = (Pattern.NOVELTY,)
 _SAME: Final = (Pattern.COMMON,)
