@@ -71,6 +71,11 @@ class Catalogue:
                 return tuple(published.manifest.views[0].features)
         return ()
 
+    def has_reference(self, digest: str) -> bool:
+        """Something published drifts from this reference."""
+        blobs = (published.manifest.blobs.get("reference") for published in self._known.values())
+        return any(blob is not None and blob.sha256 == digest for blob in blobs)
+
     def shape(self, service: str) -> Shape:
         """What recordings of this service look like, by its newest model."""
         models = [p.manifest for p in self._known.values() if p.manifest.service == service and p.manifest.inputs]

@@ -13,6 +13,7 @@ The operator's page is another application on another socket (`compressor.web`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import os
@@ -139,6 +140,13 @@ def _repository_file(repository: Path | None, path: str) -> Response:
 
 
 # --- recordings ------------------------------------------------------------------------------------------------
+def sweep(uploads: Path) -> None:
+    """Remove what uploads left that a former host's end cut off; before anything may be uploaded."""
+    for part in uploads.glob("*.part"):
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
 async def _upload(doors: Doors, request: Request) -> Response:
     sample = await run_in_threadpool(_asked_for, doors, request)
     part = doors.uploads / f"{sample.id}.{secrets.token_hex(4)}.part"

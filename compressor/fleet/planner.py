@@ -32,6 +32,7 @@ class Kind(StrEnum):
 
 
 MAX_HALTED: Final = 2  # regenerations from the same recordings whose rollout was halted, before a person must look
+ALONE: Final = "thin-evidence"  # the row that asks without a quorum
 ASKS: Final = frozenset({Kind.ASK_SAMPLES, Kind.ASK_ENROLMENT})
 
 
@@ -75,6 +76,7 @@ class Report:
     shift: float = 0.0
     feature: str = ""
     age_s: float = 0.0  # since the host last heard of it
+    known: bool = True  # what it drifts from is published
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,7 @@ class Facts:
     running: bool
     fresh: bool  # the newest report is so young that others may follow
     quorum: bool  # enough devices with evidence say so
+    known: bool  # somebody not asked yet drifts from something published
     asked: bool  # everybody counted was asked for recordings
     complete: bool  # no recording is outstanding any more, and nobody else is expected
     delivered: bool  # enough recordings are here
@@ -162,6 +165,7 @@ class Row:
     running: bool | None = None
     fresh: bool | None = None
     quorum: bool | None = None
+    known: bool | None = None
     asked: bool | None = None
     complete: bool | None = None
     delivered: bool | None = None
@@ -176,7 +180,7 @@ class Row:
         )
 
 
-CONDITIONS: Final = ("running", "fresh", "quorum", "asked", "complete", "delivered", "failed", "budget", "held")
+CONDITIONS: Final = ("running", "fresh", "quorum", "known", "asked", "complete", "delivered", "failed", "budget", "held")
 _TRAIN: Final = (Pattern.COMMON, Pattern.NOVELTY)
 _NEW: Final = (Pattern.NOVELTY,)
 _SAME: Final = (Pattern.COMMON,)
@@ -193,7 +197,9 @@ TABLE: Final = (
         "a regeneration or its rollout is under way; {devices} must wait for it", running=True),
     Row("first-report", _NEW, Kind.WATCH,
         "{count} of {quorum_size} devices report a new population: waiting for others", quorum=False, fresh=True),
-    Row("thin-evidence", _NEW, Kind.ASK_SAMPLES,
+    Row("unknown-model", _NEW, Kind.WATCH,
+        "{devices} drifts from something that nobody published: not asked", quorum=False, asked=False, known=False),
+    Row(ALONE, _NEW, Kind.ASK_SAMPLES,
         "{count} of {quorum_size} devices with a persistent drift that their windows support: too little to act on; "
         "{devices} is asked for recordings", quorum=False, asked=False),
     Row("under-quorum", _NEW, Kind.WATCH,
@@ -318,6 +324,7 @@ def facts_of(situation: Situation, case: Case) -> Facts:
         running=any(attempt.outcome is Outcome.RUNNING for attempt in situation.attempts),
         fresh=min((report.age_s for report in case.everybody), default=0.0) < situation.limits.patience_s,
         quorum=len(case.reports) >= situation.limits.quorum,
+        known=bool(_asked_alone(situation, case)),
         asked=Ask.NONE not in asks,
         complete=Ask.OPEN not in situation.asks.values() and _nobody_else(situation),
         delivered=len(delivered) >= situation.limits.quorum,
@@ -349,7 +356,7 @@ def _decide(situation: Situation, case: Case) -> Decision:
     facts = facts_of(situation, case)
     row = next(row for row in TABLE if row.fits(facts))
     numbers = _numbers(situation, case)
-    devices = _concerned(situation, case, row.kind)
+    devices = _asked_alone(situation, case) if row.name == ALONE else _concerned(situation, case, row.kind)
     words = {
         "finding": case.finding,
         "devices": _listed(devices),
@@ -367,11 +374,20 @@ def _decide(situation: Situation, case: Case) -> Decision:
     return Decision(row.kind, row.name, situation.cohort, situation.service, devices, reason, numbers, references)
 
 
+def _asked_alone(situation: Situation, case: Case) -> tuple[str, ...]:
+    """Who may be asked without a quorum: a device that invents what it drifts from is not asked at all."""
+    return tuple(sorted(r.device for r in case.everybody if r.known and _not_asked(situation, r.device)))
+
+
+def _not_asked(situation: Situation, device: str) -> bool:
+    return situation.asks.get(device, Ask.NONE) is Ask.NONE
+
+
 def _concerned(situation: Situation, case: Case, kind: Kind) -> tuple[str, ...]:
     """Who is asked; for a regeneration, whose recordings it learns from; else who reported."""
     everybody = {report.device for report in case.everybody}
     if kind in ASKS:
-        return tuple(sorted(d for d in everybody if situation.asks.get(d, Ask.NONE) is Ask.NONE))
+        return tuple(sorted(device for device in everybody if _not_asked(situation, device)))
     if kind is Kind.REGENERATE:
         return tuple(sorted(delivered_of(situation)))
     return tuple(sorted(everybody))

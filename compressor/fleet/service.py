@@ -29,7 +29,7 @@ from compressor.files import storage_error
 from compressor.fleet.broker import BrokerAddress, make_tls, read_password
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Database, devices, plans
-from compressor.fleet.http import Doors, make_app
+from compressor.fleet.http import Doors, make_app, sweep
 from compressor.fleet.inbox import Roster
 from compressor.fleet.ingest import Ingest
 from compressor.fleet.pipelines import SubprocessTrainer
@@ -103,6 +103,7 @@ class Service:
         self._trainer = trainer or make_trainer(config)
         address = make_address(config)
         self.database = Database(config.host.folder, serving=True)
+        sweep(config.host.folder / "samples")
         try:
             self._sockets = listen(config)
             self.token = read_token(config)

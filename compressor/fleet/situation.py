@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +18,7 @@ EVIDENCE_S = 7 * DAY_S  # a report nobody renewed or cleared for so long no long
 MAX_EVENTS = 500  # alarms of one device that are looked at
 MAX_WINDOWS = 64  # drift windows of one device that are looked at
 ENOUGH_ROWS = 256
+MAX_ASKS_PER_DAY = 3  # requests of one device, whatever they are about
 TRIES = 2  # requests of one device about one reference before it counts as failed
 HELD = "automatic_regeneration_held"
 
@@ -44,7 +46,8 @@ def _situation(
     fleet, regeneration = config.fleet, config.regeneration
     reports = tuple(_report(tx, entry, catalogue, now_s) for entry in standings)
     references = {report.reference for report in reports}
-    samples = [row for row in plans.samples(tx, service=service) if row.reference in references]
+    everything = plans.samples(tx, service=service)
+    samples = [row for row in everything if row.reference in references]
     asked_at = [row.asked_at for row in samples]
     mine = bool(regeneration.recipe) and (cohort, service) == (regeneration.cohort, regeneration.service)
     return Situation(
@@ -52,7 +55,7 @@ def _situation(
         service=service,
         devices=tuple(sorted(fleet.cohorts[cohort])),
         reports=reports,
-        asks=asks_of(samples),
+        asks=asks_of(samples, asked_enough(everything, now_s=now_s)),
         attempts=attempts_of(plans.jobs(tx), plans.rollouts(tx), cohort, service),
         budget_left=max(0, regeneration.budget_per_day - plans.jobs_since(tx, service, now_s - DAY_S)),
         limits=Limits(
@@ -68,6 +71,7 @@ def _report(tx: Connection, entry: Standing, catalogue: Catalogue, now_s: float)
     newest = messages.windows(tx, entry.device, entry.service, limit=MAX_WINDOWS)
     shift = largest_shift(newest, reference=entry.reference, enough_rows=ENOUGH_ROWS)
     names = catalogue.features(shift.reference) if shift is not None else ()
+    reference = entry.reference or (shift.reference if shift is not None else "")
     return Report(
         device=entry.device,
         guards=entry.guards,
@@ -76,20 +80,31 @@ def _report(tx: Connection, entry: Standing, catalogue: Catalogue, now_s: float)
         single_channel=entry.single_channel,
         persisted_windows=entry.persisted_windows,
         harmful=entry.harmful,
-        reference=entry.reference or (shift.reference if shift is not None else ""),
+        reference=reference,
         rows=shift.rows if shift is not None else 0,
         shift=shift.size if shift is not None else 0.0,
         feature=names[shift.feature] if shift is not None and shift.feature < len(names) else "",
         age_s=max(0.0, now_s - entry.heard),
+        known=catalogue.has_reference(reference),
     )
 
 
-def asks_of(samples: Iterable[Row[Any]]) -> dict[str, Ask]:
-    """Device -> where its recordings stand. samples: newest first. One failed try is repeated, a refusal is not."""
+def asked_enough(samples: Iterable[Row[Any]], *, now_s: float) -> frozenset[str]:
+    """Devices that were asked as often as a day allows, about whatever."""
+    counts = Counter(row.device for row in samples if row.asked_at > now_s - DAY_S)
+    return frozenset(device for device, count in counts.items() if count >= MAX_ASKS_PER_DAY)
+
+
+def asks_of(samples: Iterable[Row[Any]], enough: frozenset[str] = frozenset()) -> dict[str, Ask]:
+    """Device -> where its recordings stand. samples: newest first. One failed try is repeated, a refusal is not.
+
+    enough: devices that are not asked again now.
+    """
     states: dict[str, list[str]] = {}
     for row in samples:
         states.setdefault(row.device, []).append(row.state)
-    return {device: _ask(tries) for device, tries in states.items()}
+    found = {device: _ask(tries) for device, tries in states.items()}
+    return found | {device: Ask.FAILED for device in enough if found.get(device, Ask.NONE) is Ask.NONE}
 
 
 def _ask(tries: list[str]) -> Ask:

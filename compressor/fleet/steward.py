@@ -420,12 +420,31 @@ class Steward:
                 messages.prune(tx, row.id)
             timeline.prune(tx)
             plans.prune_decisions(tx)
+            self._prune_recordings(tx)
         if self._means.publisher is not None:
             try:
                 self._means.publisher.refresh_online()
             except EdgewardenError as error:
                 self._means.say("error", "publish", f"cannot refresh the online metadata: {error.sentence()}")
         self._means.say("debug", "tidy", f"tidied at {now_s:.0f}")
+
+
+    def _prune_recordings(self, tx: Connection) -> None:
+        """What a regeneration learned from goes once its rollout is completed; until then it may be needed again."""
+        completed = {row.job for row in plans.rollouts(tx, states=(rollouts.State.COMPLETED,))}
+        done = [job for job in plans.jobs(tx, states=("done",)) if job.id in completed]
+        for name in {name for job in done for name in job.samples}:
+            sample = plans.sample(tx, name)
+            if sample is not None and sample.state == "accepted":
+                _remove(Path(sample.path))
+                plans.change_sample(tx, name, state="used")
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot remove {path}: {error}") from error
 
 
 def order_of(artifacts: Sequence[Artifact], service: str) -> list[str]:

@@ -173,7 +173,7 @@ SAMPLE = Table(
     Column("service", _DEVICE, nullable=False),
     Column("reference", String(64), nullable=False),
     Column("decision", Integer),
-    Column("state", String(16), nullable=False),  # asked | accepted | rejected | refused | expired
+    Column("state", String(16), nullable=False),  # asked | accepted | used | rejected | refused | expired
     Column("token_sha256", String(64), nullable=False),
     Column("max_bytes", BigInteger, nullable=False),
     Column("asked_at", Float, nullable=False),

@@ -217,3 +217,11 @@ def test_other_methods_and_large_bodies_are_refused(served: Served) -> None:
     assert served.error("DELETE", BLOB_PATH)[0] == 405
     assert served.error("POST", "/enrol", b"x" * 5000)[0] == 413
     assert served.ask("GET", "/healthz")[0] == 200
+
+
+def test_cut_off_uploads_are_swept_and_recordings_stay(tmp_path: Path) -> None:
+    for name in ("s1.npz", "s2.0a0a0a0a.part"):
+        (tmp_path / name).write_bytes(b"x")
+    device_side.sweep(tmp_path)
+    device_side.sweep(tmp_path / "not there")
+    assert [path.name for path in tmp_path.iterdir()] == ["s1.npz"]

@@ -98,6 +98,13 @@ def test_evidence_that_contradicts_the_event_does_not_count(lie: dict[str, float
     assert (decision.numbers["supported"], decision.numbers["doubtful"]) == (1, 1)
 
 
+def test_a_device_that_invents_what_it_drifts_from_is_not_asked() -> None:
+    decision = only(plan(situation(novel("w1", known=False))))
+    assert (decision.row, decision.kind) == ("unknown-model", Kind.WATCH)
+    decision = only(plan(situation(novel("w1"), novel("w2", rows=0, known=False))))
+    assert (decision.row, decision.devices) == ("thin-evidence", ("w1",))
+
+
 def test_one_device_never_starts_a_training_even_when_its_recordings_are_here() -> None:
     decision = only(plan(situation(novel("w1"), asks={"w1": Ask.DELIVERED}, last_ask_age_s=1e6)))
     assert (decision.row, decision.kind) == ("under-quorum", Kind.WATCH)
@@ -222,6 +229,7 @@ REPORT = st.builds(
     rows=st.sampled_from([0, 63, 64, 1000]),
     shift=st.sampled_from([0.0, 0.05, 2.0]),
     age_s=st.sampled_from([0.0, 1e5]),
+    known=BOOL,
 )
 SITUATIONS = st.builds(
     Situation,

@@ -16,7 +16,7 @@ from compressor.fleet import ingest
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Database, devices, messages, plans, timeline
 from compressor.fleet.inbox import EventSeen, Key, ReplySeen, ReportedSeen, TelemetrySeen
-from compressor.fleet.situation import HELD
+from compressor.fleet.situation import HELD, MAX_ASKS_PER_DAY
 from compressor.fleet.steward import Failed, Means, Steward, order_of
 from tests.compressor.fleet.doubles import (
     DEVICES,
@@ -90,6 +90,9 @@ class World:
     def breaks(self, device: str, *channels: str) -> None:
         self.hear(EventSeen(self.key(device), NOW, "warning", "sensor", "wrist", "gx is dead", channels, {},
                             {"raised": True, "alarm": "dead", "level": "broken-input"}))  # fmt: skip
+
+    def publishes(self, version: int) -> None:
+        self.publisher.publish([artifact_folder(self.folder / f"v{version}", version)])
 
     def holds_recording(self, device: str, reference: bytes) -> None:
         with self.database.writing() as tx:
@@ -189,6 +192,7 @@ def test_the_loop_runs_from_the_first_report_to_the_committed_update_without_han
 
 
 def test_one_lying_device_gets_no_training_whatever_it_claims(world: World) -> None:
+    world.publishes(1)
     world.drifts("w1", persisted_windows=10**6, level="harmful")
     world.step(later_s=20)
     world.delivers("w1")
@@ -199,6 +203,7 @@ def test_one_lying_device_gets_no_training_whatever_it_claims(world: World) -> N
 
 
 def test_devices_whose_windows_show_nothing_do_not_make_a_quorum(world: World) -> None:
+    world.publishes(1)
     world.drifts("w1")
     world.drifts("w2", evidence=False)
     world.step(later_s=20)
@@ -208,6 +213,39 @@ def test_devices_whose_windows_show_nothing_do_not_make_a_quorum(world: World) -
     world.step(later_s=1000)
     assert world.rows()[-1] == "under-quorum"
     assert world.trainer.started == []
+
+
+def test_a_device_that_invents_references_is_never_asked(world: World) -> None:
+    world.publishes(1)
+    for number in range(5):
+        world.drifts("w1", reference=f"invented {number}".encode())
+        world.step(later_s=20)
+    assert set(world.rows()) == {"unknown-model"}
+    assert world.wire.commands == []
+
+
+def test_no_device_is_asked_more_often_than_a_day_allows(world: World) -> None:
+    for number in range(5):
+        for device in DEVICES[:2]:
+            world.drifts(device, reference=f"another {number}".encode())
+        world.step(later_s=101)
+    assert len(world.wire.commands) == 2 * MAX_ASKS_PER_DAY
+    world.step(later_s=86_400)
+    assert len(world.wire.commands) == 2 * (MAX_ASKS_PER_DAY + 1)
+
+
+def test_recordings_go_once_their_rollout_is_completed(world: World) -> None:
+    world.to_rollout()
+    world.steward.tidy(now_s=world.now)
+    assert (world.folder / "w1.npz").exists()
+    for device in DEVICES:
+        world.reports(device, 1, "committed")
+    world.step()
+    world.step(later_s=31)
+    world.steward.tidy(now_s=world.now)
+    assert not list(world.folder.glob("*.npz"))
+    world.step()
+    assert (world.rows()[-1], len(world.wire.commands)) == ("answered", 3)
 
 
 def test_a_liar_and_a_device_of_another_cohort_contribute_nothing_to_a_training(world: World) -> None:
