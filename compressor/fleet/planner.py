@@ -180,7 +180,9 @@ class Row:
         )
 
 
-CONDITIONS: Final = ("running", "fresh", "quorum", "known", "asked", "complete", "delivered", "failed", "budget", "held")
+CONDITIONS: Final = (
+    "running", "fresh", "quorum", "known", "asked", "complete", "delivered", "failed", "budget", "held",
+)  # fmt: skip
 _TRAIN: Final = (Pattern.COMMON, Pattern.NOVELTY)
 _NEW: Final = (Pattern.NOVELTY,)
 _SAME: Final = (Pattern.COMMON,)

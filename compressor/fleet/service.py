@@ -289,11 +289,11 @@ def _settings(app: Starlette, certificate: str, key: str) -> uvicorn.Config:
 # --- made from the configuration ---------------------------------------------------------------------------------
 def open_repository(config: HostConfig) -> tuple[Publisher, Director]:
     """The signed repository and its director. Raises: ConfigError."""
+    from compressor.fleet.approval import SignedRepository
     from compressor.keys import KeyRing
-    from compressor.publish import Repository
 
     ring = KeyRing(Path(config.repository.keys))
-    return Repository(Path(config.repository.folder), ring), KeyDirector(ring.private("director"))
+    return SignedRepository(Path(config.repository.folder), ring), KeyDirector(ring.private("director"))
 
 
 def make_trainer(config: HostConfig) -> Trainer | None:

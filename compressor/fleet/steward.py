@@ -31,6 +31,7 @@ from compressor.fleet.tokens import hash_token, new_token
 
 MAX_JOB_ATTEMPTS = 2  # a pipeline that was cut off is started once more; its finished stages are cached
 PUBLISH_RETRY_S = 10.0
+APPROVAL_LOOK_S = 10.0  # a rollout that waits for its approval looks so often
 KEPT_BUILDS = 4
 
 
@@ -64,6 +65,9 @@ class Publisher(Protocol):
 
     def publish(self, folders: Sequence[Path]) -> list[str]:
         """Manifest digests in the order given; publishing again changes nothing. Raises: EdgewardenError."""
+
+    def unapproved(self, family: str, digests: Sequence[str], devices: Sequence[str]) -> list[str]:
+        """Those that some of the devices would refuse as not approved. Raises: EdgewardenError."""
 
     def refresh_online(self) -> bool:
         """Sign again what is about to expire. Raises: EdgewardenError."""
@@ -107,7 +111,7 @@ class Steward:
 
     def __init__(self, config: HostConfig, database: Database, catalogue: Catalogue, means: Means) -> None:
         self._config, self._database, self._catalogue, self._means = config, database, catalogue, means
-        self._retry_at = 0.0
+        self._retry_at = self._approval_at = 0.0
 
     # --- the whole step -----------------------------------------------------------------------------------------
     def start(self, *, now_s: float) -> None:
@@ -347,12 +351,42 @@ class Steward:
         for row in open_:
             before = self._rollout(row)
             if row.state == "draft" and not row.halt_asked:
-                self._offer(row, before, now_s)
+                if self._is_approved(row, now_s):
+                    self._offer(row, before, now_s)
                 continue
             heard = {device: words for device, words in said.items() if words is not None}
             after = rollouts.advance(before, heard, now=now_s, halt=bool(row.halt_asked))
             if after is not before:
                 self._save(row, after, now_s)
+
+    def _is_approved(self, row: Row[Any], now_s: float) -> bool:
+        """Devices would take it; until then it stays a draft whose text says which command approves it."""
+        publisher = self._means.publisher
+        if publisher is None:
+            return True
+        if row.text and now_s < self._approval_at:
+            return False
+        self._approval_at = now_s + APPROVAL_LOOK_S
+        try:
+            missing = publisher.unapproved(row.service, list(row.artifacts.values()), row.devices)
+        except EdgewardenError as error:
+            self._means.say("error", "rollout", f"cannot see what is approved: {error.sentence()}")
+            return False
+        if missing and not row.text:
+            self._await_approval(row, missing, now_s)
+        return not missing
+
+    def _await_approval(self, row: Row[Any], missing: Sequence[str], now_s: float) -> None:
+        repository, regeneration = self._config.repository, self._config.regeneration
+        built = self._config.host.folder / "builds" / str(row.job) / "out" / (regeneration.device_class or "*") / "*"
+        text = (
+            f"awaits approval of {', '.join(self._catalogue.label(digest) for digest in missing)}: "
+            f"edgewarden-compressor publish --approve --keys {repository.keys} "
+            f"--repository {repository.folder} {built}"
+        )
+        with self._database.writing() as tx:
+            plans.change_rollout(tx, row.id, text=text)
+            self._note(tx, "rollout", f"rollout {row.id} {text}", now_s, severity="warning")
 
     def _rollout(self, row: Row[Any]) -> rollouts.Rollout:
         regeneration = self._config.regeneration
@@ -427,7 +461,6 @@ class Steward:
             except EdgewardenError as error:
                 self._means.say("error", "publish", f"cannot refresh the online metadata: {error.sentence()}")
         self._means.say("debug", "tidy", f"tidied at {now_s:.0f}")
-
 
     def _prune_recordings(self, tx: Connection) -> None:
         """What a regeneration learned from goes once its rollout is completed; until then it may be needed again."""

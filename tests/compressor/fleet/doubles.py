@@ -180,12 +180,18 @@ class FakePublisher:
     repository: Path
     failure: Exception | None = None
     calls: int = 0
+    missing: list[str] = field(default_factory=list)
 
     def publish(self, folders: Sequence[Path]) -> list[str]:
         self.calls += 1
         if self.failure is not None:
             raise self.failure
         return [self._put((folder / "manifest.json").read_bytes()) for folder in folders]
+
+    def unapproved(self, family: str, digests: Sequence[str], devices: Sequence[str]) -> list[str]:
+        assert family == "wrist"
+        assert set(devices) <= set(DEVICES)
+        return [digest for digest in digests if digest in self.missing or "all" in self.missing]
 
     def refresh_online(self) -> bool:
         return False

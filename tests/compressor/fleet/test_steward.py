@@ -437,6 +437,34 @@ def test_what_was_halted_answers_nothing_and_is_tried_once_more_within_the_budge
     assert len(world.trainer.started) == 2
 
 
+def test_a_rollout_waits_for_its_approval_and_says_which_command_gives_it(world: World) -> None:
+    world.publisher.missing = ["all"]
+    world.to_rollout()
+    for _ in range(5):
+        world.step(later_s=100)
+    assert world.rollout().state == "draft"
+    assert world.wire.retained == {}
+    assert world.story("rollout")[1:] == [f"rollout 1 {world.rollout().text}"]  # said once
+    command = "awaits approval of wrist v1, wrist-accel v1: edgewarden-compressor publish --approve --keys"
+    assert world.rollout().text.startswith(command)
+    assert world.rollout().text.endswith("/builds/1/out/*/*")
+    assert world.rows()[-1] == "running"
+    world.publisher.missing = []
+    world.step(later_s=11)
+    assert world.rollout().state == "running"
+    assert len(world.wire.retained) == 3
+
+
+def test_a_rollout_that_waits_for_its_approval_can_be_halted(world: World) -> None:
+    world.publisher.missing = ["all"]
+    world.to_rollout()
+    with world.database.writing() as tx:
+        plans.change_rollout(tx, world.rollout().id, halt_asked=True)
+    world.step()
+    assert world.rollout().state == "halted"
+    assert world.wire.retained == {}
+
+
 def test_an_operator_halts_a_rollout(world: World) -> None:
     world.to_rollout()
     with world.database.writing() as tx:
