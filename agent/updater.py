@@ -190,12 +190,15 @@ class Updater:
     def roll_back_as_ordered(self, text: str) -> bool:
         """A director wants the previous selection, which the signed minimums must still allow; False = there is none.
 
+        What only ends an update before it serves, or hurries a way back already begun, is always obeyed.
+
         Raises:
             BelowMinimum; StateUnreadable, Corrupt, Unavailable: it cannot be judged.
         """
         update = self.lifecycle.update
-        if update.state in RESTING and update.previous is not None:
-            self._installer.check_minimums(update.previous)
+        back = update.installed if update.state is State.PROBATION else update.previous
+        if back is not None and (update.state in RESTING or update.state is State.PROBATION):
+            self._installer.check_minimums(back)
         return self.roll_back(text)
 
     def roll_back(self, text: str) -> bool:

@@ -20,7 +20,7 @@ from agent.contract.errors import DiskFull
 from agent.contract.repository import FamilyPolicy
 from agent.decisions.events import Publish
 from agent.decisions.lifecycle import Limits
-from agent.decisions.updates import Choice, State, Update
+from agent.decisions.updates import CandidateFailed, Choice, State, Update
 from agent.equipment import Depot
 from agent.journal import Journal, text_style
 from agent.orders import Refusal
@@ -402,6 +402,32 @@ def test_a_director_cannot_order_the_way_back_below_a_minimum_that_was_signed(wo
     play(story)
     assert site.installer.authority.marks().minimums == {FAMILY: {"wrist": 2}}
     assert site.changes == [2, 1]
+    site.store.close()
+
+
+@pytest.mark.parametrize("minimum", [1, 2])
+def test_a_director_cannot_order_a_candidate_away_to_what_lies_below_a_minimum(world: World, minimum: int) -> None:
+    """On probation the way back leads to what is installed: the factory's version 1."""
+    digest = published(world, version=2)
+    site = Site(world, limits=replace(LIFE, probation_s=1000.0))
+    world.repository.set_policy(FAMILY, FamilyPolicy("auto", (DEVICE,), {"wrist": minimum}), now_s=wall_s())
+
+    async def story() -> None:
+        site.begin()
+        with serving(world.repository.folder) as server:
+            site.updater.desired(wish(digest, server.url), "director")
+            await site.until(State.PROBATION)
+        if minimum == 2:
+            with pytest.raises(BelowMinimum, match="minimum 2"):
+                site.updater.roll_back_as_ordered("ordered")
+            assert site.updater.lifecycle.update.state is State.PROBATION
+            site.updater.handle(CandidateFailed("engine_failed", "it failed"))  # nobody's order: serving goes first
+        else:
+            assert site.updater.roll_back_as_ordered("ordered") is True
+        await site.until(State.ROLLED_BACK)
+
+    play(story)
+    assert site.changes[-1] == 1
     site.store.close()
 
 
