@@ -1,0 +1,97 @@
+"""What a model file refers to: a walk over its protobuf fields, without a protobuf library."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.contract.errors import Corrupt, Incompatible, Unavailable
+
+MAX_DEPTH = 32  # nested subgraphs
+DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml", "com.microsoft"})  # what the stock runtime implements
+
+# (field number of a message -> what it holds), https://github.com/onnx/onnx/blob/main/onnx/onnx.proto
+_HOLDS = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+_TENSOR_EXTERNAL, _TENSOR_LOCATION, _NODE_DOMAIN = 13, 14, 7
+
+
+def check_file(path: Path, sha256: str, name: str) -> None:
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if sha256 and hashlib.sha256(memory).hexdigest() != sha256:
+            raise Corrupt(f"engine '{name}': {path} does not have the promised digest {sha256[:12]}")
+        _check_message(memoryview(memory), "model", name, 0)
+    except OSError as error:
+        raise Unavailable(f"engine '{name}': cannot read {path}: {error.strerror}") from None
+    except (ValueError, IndexError):
+        raise Corrupt(f"engine '{name}': {path} is no ONNX model") from None
+
+
+def _check_message(message: memoryview, kind: str, name: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise Incompatible(f"engine '{name}' nests graphs deeper than {MAX_DEPTH // 3} levels")
+    for field, value in _fields(message):
+        held = _HOLDS.get(kind, {}).get(field)
+        if kind == "tensor" and (field == _TENSOR_EXTERNAL or (field == _TENSOR_LOCATION and value == 1)):
+            raise Incompatible(
+                f"engine '{name}' keeps weights outside its file", hint="Export the model with its weights inside."
+            )
+        if kind == "node" and field == _NODE_DOMAIN:
+            _check_domain(value, name)
+        elif held is not None and isinstance(value, memoryview):
+            _check_message(value, held, name, depth + 1)
+
+
+def _check_domain(value: memoryview | int, name: str) -> None:
+    domain = bytes(value).decode(errors="replace") if isinstance(value, memoryview) else ""
+    if domain not in DOMAINS:
+        raise Incompatible(
+            f"engine '{name}' needs operators of '{domain[:60]}', which the runtime does not have",
+            hint="Export the model with standard operators.",
+        )
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
+    """Field numbers and values; a length-delimited value is a view, fixed-width ones are skipped."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        match key & 7:
+            case 0:
+                value, at = _varint(message, at)
+                yield key >> 3, value
+            case 1:
+                at += 8
+            case 2:
+                size, at = _varint(message, at)
+                if at + size > len(message):
+                    raise ValueError("a field ends outside its message")
+                yield key >> 3, message[at : at + size]
+                at += size
+            case 5:
+                at += 4
+            case _:
+                raise ValueError("unknown wire type")
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at += 1
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is too long")
