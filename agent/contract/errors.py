@@ -97,8 +97,17 @@ class Unavailable(ArtifactError):
 
 
 class ServingError(EdgewardenError):
+    """`status`: what the server said (HTTP), None when it said nothing; `retry_after_s`: when to ask again."""
+
     code = "serving"
     exit_code = 8
+
+    def __init__(
+        self, message: str, *, hint: str = "", status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ServingError):
