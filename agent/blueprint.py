@@ -7,7 +7,7 @@ siblings is left out and told, as long as another model can answer. Starts nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.config import AgentConfig, ServiceSection
@@ -22,6 +22,7 @@ from agent.contract.plan import (
     ServicePlan,
     TensorPlan,
     ViewPlan,
+    WindowPlan,
 )
 from agent.decisions.choice import Card, read_card
 from agent.decisions.fallback import Limits
@@ -46,11 +47,7 @@ class Blueprint:
         """The plan with only these engines; the preferred one stays the active one if it is among them."""
         chosen = tuple(plan for plan in self.plan.engines if plan.engine in engines)
         active = self.plan.active if self.plan.active in engines else chosen[0].engine
-        plan = self.plan
-        return ServicePlan(
-            plan.service, chosen, active, plan.guard, plan.labels, plan.label_output,
-            plan.deadline_ms, plan.queue_limit, plan.floor_status,
-        )  # fmt: skip
+        return replace(self.plan, engines=chosen, active=active)
 
 
 def draw_up(config: AgentConfig, chosen: Mapping[str, Sequence[Path]] | None = None) -> tuple[Blueprint, ...]:
@@ -97,6 +94,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         deadline_ms=section.deadline_ms,
         queue_limit=section.queue_limit,
         floor_status=config.serving.floor_status,
+        window=_window(section, active),
     )
     channels = tuple(channel.name for channel in guard.channels) if guard else ()
     groups = {channel.name: channel.group for channel in guard.channels} if guard else {}
@@ -244,6 +242,24 @@ def _guard(config: AgentConfig, manifest: Manifest, reference: Reference | None)
         out_of_range=config.guard.out_of_range or GuardPolicy(described.out_of_range),
         group_rms=statistics.group_rms if statistics else None,
     )
+
+
+def _window(section: ServiceSection, manifest: Manifest) -> WindowPlan | None:
+    """How raw samples become the service's only input; None when the manifest says nothing that fits it."""
+    window = manifest.window
+    if window is None or len(manifest.inputs) != 1:
+        return None
+    only = manifest.inputs[0]
+    if (
+        only.datatype == "BYTES"
+        or only.shape[:2] not in ([-1, window.length], [1, window.length])
+        or -1 in only.shape[2:]
+    ):
+        return None
+    return WindowPlan(
+        only.name, window.length, window.hop, window.rate_hz,
+        section.gap_policy, section.max_gap_s, section.max_streams,
+    )  # fmt: skip
 
 
 def _card(artifacts: Iterable[Artifact], groups: dict[str, str]) -> Card:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from agent.configuring import CaSource, FilePath, Identifier, Loaded, OptionalPath, Section, check_pair, load
 from agent.contract.artifact import MANIFEST
 from agent.contract.errors import ConfigError
-from agent.contract.plan import GuardPolicy
+from agent.contract.plan import GapPolicy, GuardPolicy
 from agent.contract.topics import Topics
 from agent.settings import Settings
 
@@ -82,6 +82,17 @@ class ServiceSection(Section):
     )
     queue_limit: int = Field(default=64, ge=1, le=4096, description="Requests that may wait before 503.")
     threads: int = Field(default=1, ge=1, le=64, description="CPU threads of each engine.")
+    gap_policy: GapPolicy = Field(
+        default=GapPolicy.HOLD,
+        description="Samples missing in a stream: repeat the last one before them (`hold`), draw a straight line "
+        "over them (`interpolate`) or begin windows anew after them (`reset`).",
+    )
+    max_gap_s: float = Field(
+        default=0.5, ge=0, le=60, description="A longer gap in a stream is not filled: windows begin anew after it."
+    )
+    max_streams: int = Field(
+        default=64, ge=1, le=4096, description="Streams kept at a time; the one unused longest gives way."
+    )
 
 
 class GuardSection(Section):

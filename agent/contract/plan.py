@@ -24,6 +24,14 @@ class GuardPolicy(StrEnum):
     PASS = "pass"  # served as it is; said in the response and counted  # noqa: S105
 
 
+class GapPolicy(StrEnum):
+    """What takes the place of samples that a stream did not bring."""
+
+    HOLD = "hold"  # the last sample before the gap, repeated
+    INTERPOLATE = "interpolate"  # a straight line from the last sample before the gap to the first after it
+    RESET = "reset"  # nothing: windows begin anew after the gap
+
+
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
     """One input or output. `shape` holds -1 for a free axis; `datatype` is the Open Inference name (FP32...)."""
@@ -64,6 +72,22 @@ class GuardPlan:
     stuck_share: float = 0.9
     scale_factor: float = 2.5
     group_rms: dict[str, tuple[float, float]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WindowPlan:
+    """How a stream of raw samples becomes rows of `input`, whose axes are (rows, length, ...).
+
+    `length` and `hop` in samples. A gap over `max_gap_s` is never filled. At most `max_streams` streams are kept.
+    """
+
+    input: str
+    length: int
+    hop: int
+    rate_hz: float
+    gap_policy: GapPolicy = GapPolicy.HOLD
+    max_gap_s: float = 0.5
+    max_streams: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +137,7 @@ class ServicePlan:
     deadline_ms: float = 1000.0
     queue_limit: int = 64
     floor_status: int = 200  # HTTP status of a floor answer: 200 or 503
+    window: WindowPlan | None = None  # None: the service takes no streams
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from agent.blueprint import draw_up
 from agent.config import AgentConfig
 from agent.contract.artifact import MANIFEST, parse_manifest, sha256
 from agent.contract.errors import ArtifactError
-from agent.contract.plan import EngineKind, GuardPolicy
+from agent.contract.plan import EngineKind, GapPolicy, GuardPolicy, WindowPlan
 from agent.decisions.events import AgentStarted, AlarmKind, EngineServed, WorkerReady
 from agent.decisions.supervisor import Supervisor
 
@@ -57,6 +58,34 @@ def test_the_configuration_overrides_what_the_manifest_says(artifacts: dict[str,
     assert made.plan.guard.not_finite is GuardPolicy.IMPUTE
     assert made.plan.guard.channels[0].mean != 0.0
     assert made.monitor.latency_p95_us == 500.0
+
+
+def test_streams_follow_the_manifest_and_the_configuration(artifacts: dict[str, Path]) -> None:
+    choice = {"gap_policy": "interpolate", "max_gap_s": 2.0, "max_streams": 7}
+    (made,) = draw_up(configure(artifacts, service=choice))
+    assert made.plan.window == WindowPlan("window", 128, 64, 50.0, GapPolicy.INTERPOLATE, 2.0, 7)
+    assert made.plan_of(("wrist-accel",)).window == made.plan.window
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"window": None},
+        {"window": {"length": 64, "hop": 64, "rate_hz": 50.0}},
+        {"inputs": 2},
+    ],
+)
+def test_a_manifest_whose_window_does_not_fit_its_input_takes_no_streams(
+    artifacts: dict[str, Path], tmp_path: Path, change: dict[str, object]
+) -> None:
+    odd = tmp_path / "odd"
+    shutil.copytree(artifacts["wrist"], odd)
+    document = parse_manifest((odd / MANIFEST).read_bytes()).model_dump(mode="json")
+    if "inputs" in change:
+        change = {"inputs": [*document["inputs"], document["inputs"][0] | {"name": "state"}]}
+    (odd / MANIFEST).write_bytes(parse_manifest(json.dumps(document | change).encode()).encode())
+    (made,) = draw_up(configure(artifacts, service={"artifact": odd, "fallbacks": [], "floor": ""}))
+    assert made.plan.window is None
 
 
 def test_a_plan_of_fewer_engines_keeps_their_order(artifacts: dict[str, Path]) -> None:
