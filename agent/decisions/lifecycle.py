@@ -55,7 +55,8 @@ REFUSING: Final = frozenset({
     "untrusted", "not_approved", "downgrade", "below_minimum", "incompatible", "too_large", "malformed",
     "unsupported_version", "quarantined",
 })  # fmt: skip
-# These condemn the bytes only where the candidate itself ran; before that they speak of our own child.
+# These condemn the bytes only where the candidate itself ran; before that they speak of our own child. A trial that
+# was `killed` from outside is not among them: whoever did it, the bytes are as good as before.
 POISONED: Final = frozenset({"golden_mismatch", "resource_limit", "engine_failed", "crashed"})
 
 

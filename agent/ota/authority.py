@@ -17,7 +17,7 @@ from typing import Any
 from agent.contract.errors import Corrupt, Unavailable
 from agent.contract.repository import FamilyPolicy, is_digest
 from agent.ota import child
-from agent.ota.errors import ClockUnknown, Crashed, ResourceLimit
+from agent.ota.errors import ClockUnknown, Crashed, Killed, ResourceLimit
 from agent.ota.files import make_folder, read_document, write_document
 
 BUILT_S = 1_767_225_600.0  # 2026-01-01, before this was written; no clock that is right shows less
@@ -132,7 +132,7 @@ class Authority:
         """Let the child ask. Raises: Unavailable: it was ended or died; and what it reports."""
         try:
             return child.run("agent.ota.trust", request, self._limits)
-        except (ResourceLimit, Crashed) as error:
+        except (ResourceLimit, Crashed, Killed) as error:
             raise Unavailable(f"the repository could not be judged: {error}", hint="It is tried again.") from None
 
     def marks(self) -> Marks:

@@ -1,8 +1,9 @@
 """A short-lived child for work on bytes from outside: one JSON request in, one bounded JSON answer out.
 
 The child sets its own limits before it touches anything foreign, runs in an empty folder with a bare environment,
-and ends by an alarm even when nobody is left to end it. Whatever it does wrong becomes one of our errors. Its folder
-and what it says on stderr have no names, so nothing of them stays behind, whoever is killed.
+and ends by an alarm even when nobody is left to end it. Whatever it does wrong becomes one of our errors; being
+killed from outside is none of its wrongs (`Killed`). When memory is short it is the first to go, before who serves.
+Its folder and what it says on stderr have no names, so nothing of them stays behind, whoever is killed.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from agent.contract.errors import EdgewardenError
-from agent.ota.errors import Crashed, ResourceLimit, from_code
+from agent.ota.errors import Crashed, Killed, ResourceLimit, from_code
 from agent.ota.files import storage_error
 
 MAX_REQUEST_BYTES = 1024 * 1024
 MAX_ANSWER_BYTES = 4 * 1024 * 1024
 MAX_ERROR_BYTES = 2000
+GRACE_S = 5  # of processor time and of the clock, between the limit that tells why and the one that only ends
+OUTSIDE = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT})  # never our own
 _PACKAGES = Path(__file__).resolve().parents[2]
 
 
@@ -48,6 +51,7 @@ def run(module: str, request: Mapping[str, Any], limits: Limits) -> dict[str, An
     Raises:
         ResourceLimit: it needed more than its limits.
         Crashed: it died or answered nonsense.
+        Killed: somebody ended it, or the kernel did for want of memory; that says nothing about its request.
         DiskFull, StorageError: it could not be started.
         EdgewardenError: what the child reported.
     """
@@ -114,6 +118,7 @@ def _exchange(process: subprocess.Popen[bytes], body: bytes) -> bytes:
         raise ValueError("the child has no pipes")
     with contextlib.suppress(BrokenPipeError):  # it died early: its status tells
         process.stdin.write(body)
+    with contextlib.suppress(BrokenPipeError):
         process.stdin.close()
     answer = process.stdout.read(MAX_ANSWER_BYTES + 1)
     if len(answer) > MAX_ANSWER_BYTES:
@@ -125,8 +130,12 @@ def _outcome(module: str, ended: _Ended) -> dict[str, Any]:
     what = module.rpartition(".")[2]
     if ended.timed_out or ended.status == -signal.SIGALRM:
         raise ResourceLimit(f"the {what} child needed more time than it may have")
-    if ended.status in {-signal.SIGXCPU, -signal.SIGKILL}:
-        raise ResourceLimit(f"the {what} child used up its processor time or the memory of this machine")
+    if len(ended.answer) > MAX_ANSWER_BYTES:  # that ended it
+        raise ResourceLimit(f"the {what} child answered more than it may")
+    if ended.status == -signal.SIGXCPU:
+        raise ResourceLimit(f"the {what} child used up its processor time")
+    if -ended.status in OUTSIDE:
+        raise Killed(f"the {what} child was ended by {signal.Signals(-ended.status).name} before it could answer")
     if ended.status != 0:
         if "MemoryError" in ended.errors or "bad_alloc" in ended.errors:
             raise ResourceLimit(f"the {what} child needed more memory than it may have")
@@ -176,14 +185,16 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
 
 
 def _apply(limits: Limits) -> None:
-    for what, amount in (
-        (resource.RLIMIT_AS, limits.memory_bytes),
-        (resource.RLIMIT_CPU, limits.cpu_s),
-        (resource.RLIMIT_NOFILE, limits.open_files),
-        (resource.RLIMIT_FSIZE, limits.file_bytes),
-        (resource.RLIMIT_CORE, 0),
+    for what, soft, hard in (
+        (resource.RLIMIT_AS, limits.memory_bytes, limits.memory_bytes),
+        (resource.RLIMIT_CPU, limits.cpu_s, limits.cpu_s + GRACE_S),  # the hard one kills without a why
+        (resource.RLIMIT_NOFILE, limits.open_files, limits.open_files),
+        (resource.RLIMIT_FSIZE, limits.file_bytes, limits.file_bytes),
+        (resource.RLIMIT_CORE, 0, 0),
     ):
-        _, hard = resource.getrlimit(what)
-        allowed = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
-        resource.setrlimit(what, (allowed, allowed))
-    signal.alarm(int(limits.wall_s) + 5)  # nobody may be left to end us
+        _, most = resource.getrlimit(what)
+        allowed = [one if most == resource.RLIM_INFINITY else min(one, most) for one in (soft, hard)]
+        resource.setrlimit(what, (allowed[0], allowed[1]))
+    signal.alarm(int(limits.wall_s) + GRACE_S)  # nobody may be left to end us
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

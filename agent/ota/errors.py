@@ -7,10 +7,11 @@ ArtifactError
 |  `- BelowMinimum    below the lowest version the family's policy allows
 |- Unavailable
 |  |- MetadataStale   the repository's metadata has expired
-|  `- ClockUnknown    this device does not know the time well enough to judge that
+|  |- ClockUnknown    this device does not know the time well enough to judge that
+|  `- Killed          the child that looked at it was ended from outside
 |- GoldenMismatch     a candidate answers its golden inputs wrongly
 |- ResourceLimit      a candidate needs more memory or time than it may have
-`- Crashed            the child that looked at it died
+`- Crashed            the child that looked at it died of it
 """
 
 from __future__ import annotations
@@ -39,6 +40,10 @@ class ClockUnknown(Unavailable):
     code = "clock_unknown"
 
 
+class Killed(Unavailable):
+    code = "killed"
+
+
 class GoldenMismatch(ArtifactError):
     code = "golden_mismatch"
 
@@ -56,7 +61,8 @@ _BY_CODE: dict[str, type[EdgewardenError]] = {
     for kind in (
         errors.Untrusted, errors.Incompatible, errors.Corrupt, errors.TooLarge, errors.Unavailable,
         errors.UnsupportedVersion, errors.EngineFailed, errors.DiskFull, errors.StorageError,
-        NotApproved, Downgrade, BelowMinimum, MetadataStale, ClockUnknown, GoldenMismatch, ResourceLimit, Crashed,
+        NotApproved, Downgrade, BelowMinimum, MetadataStale, ClockUnknown, Killed, GoldenMismatch, ResourceLimit,
+        Crashed,
     )
 }  # fmt: skip
 

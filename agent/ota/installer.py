@@ -232,6 +232,7 @@ class Installer:
 
         Raises:
             GoldenMismatch, ResourceLimit, Crashed, Incompatible, EngineFailed, Corrupt, Unavailable
+            Killed: a trial was ended from outside, which says nothing about the candidate.
         """
         self._trying = ""
         return tuple(self._try(digest) for _, _, digest in self._new(target, installed))

@@ -342,6 +342,28 @@ def test_where_the_candidate_ran_its_failure_condemns_it(state: State, after: St
     assert walk.life.update.quarantined == ("a" * 64,)
 
 
+def test_a_trial_killed_from_outside_condemns_nothing_and_the_update_is_tried_again() -> None:
+    walk = walk_to(State.SELFTEST)
+    walk.failed("killed")
+    assert (walk.state, walk.life.update.quarantined) == (State.DEFERRED, ())
+    walk.tell(Tick(), after_s=10.0)
+    for _ in ("fetched", "verified", "tested", "swapped"):
+        walk.done()
+    walk.tell(Tick(), after_s=60.0)
+    assert walk.state is State.COMMITTED
+
+
+def test_a_trial_that_is_killed_again_and_again_ends_in_a_state_that_says_so_and_rests() -> None:
+    walk = walk_to(State.SELFTEST)
+    while walk.state is not State.FAILED:
+        walk.failed("killed")
+        walk.tell(Tick(), after_s=160.0)
+        while walk.state in {State.FETCHING, State.VERIFIED}:
+            walk.done()
+    assert (walk.reports[-1].code, walk.life.update.quarantined) == ("killed", ())
+    assert walk.life.update.steps <= MAX_STEPS
+
+
 def test_only_new_digests_can_be_blamed() -> None:
     walk = walk_to(State.SELFTEST)
     walk.failed("golden_mismatch", digests=("f" * 64,))  # the installed floor, named by mistake

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 
 from agent.ota import child
 from agent.ota.child import Limits
-from agent.ota.errors import Crashed
+from agent.ota.errors import Crashed, Killed, ResourceLimit
 
 pytestmark = pytest.mark.system
 LIMITS = Limits(memory_bytes=2**30, cpu_s=5, wall_s=20.0)
@@ -91,3 +92,32 @@ def test_a_child_whose_caller_died_meanwhile_ends_without_a_traceback(toy: Calla
     )
     os.close(answer)
     assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_child_ended_from_outside_is_told_apart_from_one_that_used_up_its_limits(
+    toy: Callable[[str], Path], number: int
+) -> None:
+    toy(f"import os, sys\nsys.stdin.read()\nos.kill(os.getpid(), {int(number)})")
+    with pytest.raises(Killed, match=number.name):
+        child.run("toy", {}, LIMITS)
+    toy(ANSWERING % "[1 for _ in iter(int, 1)]")
+    with pytest.raises(ResourceLimit, match="processor time"):
+        child.run("toy", {}, Limits(memory_bytes=2**30, cpu_s=1, wall_s=60.0))
+
+
+def test_a_child_ended_before_it_read_a_long_request_was_killed(toy: Callable[[str], Path]) -> None:
+    toy("import os, sys\nsys.stdin.close()\nos.kill(os.getpid(), 9)")
+    with pytest.raises(Killed):
+        child.run("toy", {"long": "x" * 500_000}, LIMITS)
+
+
+def test_a_child_that_talks_without_end_is_ended(toy: Callable[[str], Path]) -> None:
+    toy("import sys\nsys.stdin.read()\nwhile True: sys.stdout.write('x' * 65536)")
+    with pytest.raises(ResourceLimit, match="answered more"):
+        child.run("toy", {}, LIMITS)
+
+
+def test_a_child_is_the_first_to_go_when_memory_is_short(toy: Callable[[str], Path]) -> None:
+    toy(ANSWERING % "open('/proc/self/oom_score_adj').read().strip()")
+    assert child.run("toy", {}, LIMITS) == {"answer": "1000"}
