@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from agent import clock
+from agent.admission import Admission, Judgement, retry_after_s
 from agent.contract.errors import (
     ConfigError,
     DeadlineExceeded,
@@ -39,6 +40,7 @@ from agent.watchdog import TICK_S, UNSTOPPABLE_S, Watch, Watchdog
 INLINE_US = 300.0  # quicker runs cost less than handing them to another thread and back
 MAX_BATCH_ROWS = 4096
 MAX_DEADLINE_MS = 3_600_000.0
+TOO_MANY_REQUESTS = 429  # of this client's; when the device is full for everybody it is 503
 LARGEST_CLASS = 0x7FFF  # what a record can hold
 # what an output that is not what its plan promised can raise while it is recorded
 _UNRECORDABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
@@ -47,7 +49,10 @@ SLOW = 3.0  # a row may take so many times what it took while warming
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One decoded request. `outputs`: names asked for, empty = all. `data_time_s`: NaN = not given."""
+    """One decoded request. `outputs`: names asked for, empty = all. `data_time_s`: NaN = not given.
+
+    `client`: who asks, for fair shares of the queue; empty = nobody knows.
+    """
 
     service: str
     inputs: Mapping[str, Array]
@@ -56,6 +61,7 @@ class Request:
     version: str = ""
     deadline_ms: float | None = None
     data_time_s: float = math.nan
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +133,7 @@ class Service:
         self.slowest_us = lineup.slowest_us  # a lineup is reordered, but keeps its engines
         self.version = str(next(e.version for e in plan.engines if e.engine == plan.active))
         self.counters = Counters()
-        self.waiting = 0  # requests in the queue or on the service's thread
-        self.run_us = self.slowest_us  # smoothed time of a request on the service's thread
+        self.admission = Admission(plan.queue_limit, self.slowest_us)  # of requests for the service's thread
 
     @property
     def ready(self) -> bool:
@@ -234,7 +239,7 @@ class Serving:
             return
         if request.service not in self._runners:
             self._runners[request.service] = _Runner(service, self._dog.watch(), self._stuck_ns)
-        service.waiting += 1
+        service.admission.enter(request.client)
         self._runners[request.service].put(
             request, rows, lambda result: self._leave(service, request, rows, result, done)
         )
@@ -261,13 +266,13 @@ class Serving:
             "requests": sum(c.requests for c in every),
             "rows": sum(c.rows for c in every),
             "errors": sum(c.failed for c in every),
-            "waiting": sum(service.waiting for service in self.services.values()),
             "observations": self._ring.written,
             "unrecorded": self._unrecorded,
         }
         for outcome in Outcome:
             numbers[outcome.name.lower()] = sum(c.by_outcome[outcome] for c in every)
-        return numbers
+        queues = [service.admission.statistics() for service in self.services.values()]
+        return numbers | {name: sum(queue[name] for queue in queues) for name in queues[0]} if queues else numbers
 
     def close(self) -> None:
         """End the threads; queued requests are dropped."""
@@ -276,9 +281,9 @@ class Serving:
         self._dog.close()
 
     def _leave(self, service: Service, request: Request, rows: int, result: _Result, done: Done) -> None:
-        service.waiting -= 1
-        elapsed_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3 - result.queue_us
-        service.run_us += 0.2 * (elapsed_us - service.run_us)
+        ran_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3 - result.queue_us
+        ran = result.troubles or result.outcome is not Outcome.DEADLINE  # else its deadline passed before its turn
+        service.admission.leave(request.client, ran_us if ran else None)
         self._finish(service, request, rows, result, done)
 
     def _finish(self, service: Service, request: Request, rows: int, result: _Result, done: Done) -> None:
@@ -354,14 +359,19 @@ def _check_guard(plan: ServicePlan) -> None:
 
 
 def _refusal(service: Service, request: Request) -> _Result | None:
-    """Why a request may not even wait: the queue is full, or its turn would come after its deadline."""
-    limit_us = (request.deadline_ms or service.plan.deadline_ms) * 1e3
-    wait_us = service.waiting * service.run_us
-    if service.waiting < service.plan.queue_limit and wait_us < limit_us:
+    """Why a request may not even wait: see `agent.admission`."""
+    admission, client = service.admission, request.client
+    judgement = admission.ask(client, (request.deadline_ms or service.plan.deadline_ms) * 1e3)
+    if judgement is Judgement.ADMITTED:
         return None
+    load, yours = admission.load(client), judgement is Judgement.OVER_SHARE
+    whose = f", {load.mine} of them yours" if yours else ""
     error = Overloaded(
-        f"'{service.plan.service}' has {service.waiting} requests waiting, about {wait_us / 1e3:.0f} ms of work",
+        f"'{service.plan.service}' has {load.waiting} requests waiting{whose}, "
+        f"about {load.wait_us / 1e3:.0f} ms of work",
         hint="Ask again later, or less often.",
+        status=TOO_MANY_REQUESTS if yours else None,
+        retry_after_s=retry_after_s(load),
     )
     return _Result(Outcome.OVERLOADED, error, first=_first(service.lineup))
 

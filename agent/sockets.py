@@ -6,12 +6,15 @@ import errno
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
+from typing import Any
 
 from agent.contract.errors import ConfigError
 
 BACKLOG = 1024
 MAX_UNIX_PATH_BYTES = 107  # sockaddr_un
+_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def listen_unix(path: Path, *, mode: int) -> socket.socket:
@@ -89,3 +92,19 @@ def is_answered(path: Path) -> bool:
         except OSError:
             return False
     return True
+
+
+def client_of(connection: Any) -> str:
+    """Who is at the other end of an accepted socket: a process of this device, else an address; empty = unknown.
+
+    All connections of one process are one client, and so are all of one address.
+    """
+    try:
+        if connection.family == socket.AF_UNIX:
+            process, user, _ = _CREDENTIALS.unpack(
+                connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            )
+            return f"process {process}" if process else f"user {user}"  # 0: of another process namespace
+        return str(connection.getpeername()[0])
+    except (OSError, AttributeError, LookupError, struct.error):
+        return ""

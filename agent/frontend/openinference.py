@@ -35,7 +35,6 @@ STATUS: dict[type[ServingError], int] = {
     Overloaded: 503,
     DeadlineExceeded: 504,
 }
-RETRY_AFTER_S = "1"
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 PLATFORM = "onnxruntime_onnx"
 _TRITON_TYPES = {"BYTES": "TYPE_STRING"}  # the others are TYPE_ and the protocol's name
@@ -131,7 +130,7 @@ class OpenInference:
         length, document = _read_document(http)
         binary = _binary_names(document)
         inputs = _read_inputs(service, document, memoryview(http.body)[length:])
-        request = _request(service, version, document, inputs, http.arrival_ns)
+        request = _request(service, version, document, inputs, http)
 
         def done(result: Answer | ServingError) -> None:
             if isinstance(result, ServingError):
@@ -162,8 +161,9 @@ class OpenInference:
 
 
 def _failure(error: ServingError) -> HttpResponse:
-    status = STATUS.get(type(error), 500)
-    return error_response(status, error.sentence(), {"Retry-After": RETRY_AFTER_S} if status in (429, 503) else None)
+    status = error.status or STATUS.get(type(error), 500)
+    headers = {"Retry-After": str(math.ceil(error.retry_after_s or 1))} if status in (429, 503) else None
+    return error_response(status, error.sentence(), headers)
 
 
 def _document(document: Any) -> HttpResponse:
@@ -210,7 +210,9 @@ def _read_inputs(service: Service, document: _Infer, binary: Buffer) -> dict[str
     return {tensor.name: tensor.array for tensor in read_tensors(document.inputs, binary, admit=admit)}
 
 
-def _request(service: Service, version: str, document: _Infer, inputs: dict[str, Array], arrival_ns: int) -> Request:
+def _request(
+    service: Service, version: str, document: _Infer, inputs: dict[str, Array], http: HttpRequest
+) -> Request:
     deadline_ms = _number(document.parameters, "ew_deadline_ms")
     if deadline_ms is None:
         timeout_us = _number(document.parameters, "timeout")  # Triton's name for it
@@ -219,11 +221,12 @@ def _request(service: Service, version: str, document: _Infer, inputs: dict[str,
     return Request(
         service=service.plan.service,
         inputs=inputs,
-        arrival_ns=arrival_ns,
+        arrival_ns=http.arrival_ns,
         outputs=tuple(output.name for output in document.outputs),
         version=version,
         deadline_ms=deadline_ms,
         data_time_s=math.nan if data_time_s is None else data_time_s,
+        client=http.client,
     )
 
 

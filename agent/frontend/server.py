@@ -20,6 +20,7 @@ import msgspec
 
 from agent import clock
 from agent.contract.tensors import HEADER_LENGTH, Buffer
+from agent.sockets import client_of
 
 MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
@@ -40,13 +41,17 @@ BINARY = "application/octet-stream"
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """One complete request; header names are lower case. `arrival_ns`: monotonic, when its last byte was read."""
+    """One complete request; header names are lower case. `arrival_ns`: monotonic, when its last byte was read.
+
+    `client`: who asks, for fair shares: a process id or an address; empty = not known.
+    """
 
     method: str
     path: str
     headers: dict[str, str]
     body: bytes
     arrival_ns: int
+    client: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +235,7 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._parser = httptools.HttpRequestParser(self)
         self._transport: Any = None
+        self._client = ""
         self._pending: deque[_Pending] = deque()
         self._handling: _Pending | None = None  # the request whose handler runs
         self._reserved_bytes = 0  # for the body being read
@@ -252,6 +258,7 @@ class Connection(asyncio.Protocol):
     # --- asyncio ---------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
+        self._client = client_of(transport.get_extra_info("socket"))
         self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -358,7 +365,7 @@ class Connection(asyncio.Protocol):
         self._pending.append(pending)
         method = self._parser.get_method().decode("latin-1")
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns)
+        request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns, self._client)
         self._body = []
         self._handling = pending
         self._server.handler(request, lambda response: self._reply(pending, response))

@@ -500,7 +500,7 @@ def test_an_input_that_does_not_fit_is_refused_by_its_description(
 # --- load ----------------------------------------------------------------------------------------------------
 def test_a_full_queue_refuses_and_serves_what_it_took(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
-        stage.service.run_us = 0.0  # only the count decides here
+        stage.service.admission.service_us = 0.0  # only the count decides here
         stuck = stage.submit(window(TOLD), deadline_ms=300.0)
         accepted = [stage.submit(window(seed=n)) for n in range(3)]
         refused = stage.submit(window())
@@ -522,9 +522,28 @@ def test_a_full_queue_refuses_and_serves_what_it_took(tmp_path: Path, ring_fd: i
     play(three(tmp_path, "slow", queue_limit=4), ring_fd, story, inline_us=THREAD)
 
 
+def test_a_client_with_more_than_its_share_of_a_full_queue_is_told_so(tmp_path: Path, ring_fd: int) -> None:
+    async def story(stage: Stage) -> None:
+        stage.service.admission.service_us = 1_500_000.0
+        stuck = stage.submit(window(TOLD), client="greedy", deadline_ms=60_000.0)
+        held = [stage.submit(window(), client="greedy", deadline_ms=60_000.0) for _ in range(4)]
+        modest = stage.submit(window(), client="modest", deadline_ms=60_000.0)
+        assert not modest.done()
+        refused = stage.submit(window(), client="greedy", deadline_ms=60_000.0)
+        assert refused.done()
+        reply = refused.result()
+        assert isinstance(reply, Overloaded)
+        assert reply.status == 429
+        assert "6 requests waiting, 5 of them yours" in str(reply)
+        assert reply.retry_after_s == 9
+        await asyncio.gather(stuck, modest, *held)
+
+    play(three(tmp_path, "slow", queue_limit=8), ring_fd, story, inline_us=THREAD, stuck_after_s=0.2)
+
+
 def test_a_request_whose_turn_would_come_too_late_is_refused_at_once(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
-        stage.service.run_us = 50_000.0
+        stage.service.admission.service_us = 50_000.0
         first = stage.submit(window(TOLD), deadline_ms=300.0)
         reply = await stage.submit(window(), deadline_ms=40.0)
         assert isinstance(reply, Overloaded)
@@ -536,13 +555,14 @@ def test_a_request_whose_turn_would_come_too_late_is_refused_at_once(tmp_path: P
 
 def test_a_request_that_waited_past_its_deadline_is_not_run(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
-        stage.service.run_us = 0.0
+        stage.service.admission.service_us = 0.0
         first = stage.submit(window(TOLD), deadline_ms=400.0)
         late = await stage.submit(window(), deadline_ms=50.0)
         assert isinstance(late, DeadlineExceeded)
         assert "waiting" in str(late)
         await first
         assert stage.ring.read()["outcome"].tolist() == [Outcome.FAILED_OVER, Outcome.DEADLINE]
+        assert stage.service.admission.service_us > 10_000  # what never ran says nothing about how long a run takes
 
     play(three(tmp_path, "slow"), ring_fd, story, inline_us=THREAD)
 

@@ -1,3 +1,4 @@
+import os
 import socket
 import stat
 from pathlib import Path
@@ -5,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import ConfigError
-from agent.sockets import is_answered, listen_tcp, listen_unix
+from agent.sockets import client_of, is_answered, listen_tcp, listen_unix
 
 
 def test_a_unix_socket_has_the_mode_asked_for(tmp_path: Path) -> None:
@@ -55,3 +56,17 @@ def test_a_port_in_use_is_said_so() -> None:
 def test_an_address_that_is_not_ours_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="cannot listen on"):
         listen_tcp(address)
+
+
+def test_a_client_is_a_process_of_this_device_or_an_address(tmp_path: Path) -> None:
+    path = tmp_path / "a.sock"
+    with listen_unix(path, mode=0o600) as listener, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+        accepted, _ = listener.accept()
+        with accepted:
+            assert client_of(accepted) == f"process {os.getpid()}"
+    with listen_tcp("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert client_of(accepted) == "127.0.0.1"
+    assert client_of(None) == ""

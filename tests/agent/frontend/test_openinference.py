@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from agent import clock
+from agent.contract.errors import DeadlineExceeded, Overloaded, ServingError
 from agent.contract.plan import EngineKind, EnginePlan, TensorPlan
 from agent.frontend.openinference import OpenInference, body_limit
 from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, HttpResponse
@@ -68,6 +69,33 @@ def test_an_input_that_does_not_fit_is_told_before_its_data_are_looked_at(
     given = {"name": "window", "datatype": "FP32", "shape": [1, 16, 3], "data": ["no number"]} | described
     [response] = answers(handler, "/v2/models/wrist/infer", json.dumps({"inputs": [given]}).encode())
     assert (response.status, words in text(response)) == (400, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "retry_after"),
+    [
+        (Overloaded("full", retry_after_s=7), 503, "7"),
+        (Overloaded("yours", retry_after_s=3, status=429), 429, "3"),
+        (DeadlineExceeded("late"), 504, None),
+    ],
+)
+def test_an_overload_says_whose_it_is_and_when_to_come_back(
+    handler: OpenInference, monkeypatch: pytest.MonkeyPatch, error: ServingError, status: int, retry_after: str | None
+) -> None:
+    monkeypatch.setattr(handler._serving, "submit", lambda _request, done: done(error))
+    given = {"name": "window", "datatype": "FP32", "shape": [1, 16, 3], "data": [0.0] * 48}
+    [response] = answers(handler, "/v2/models/wrist/infer", json.dumps({"inputs": [given]}).encode())
+    assert (response.status, response.headers.get("Retry-After")) == (status, retry_after)
+
+
+def test_health_and_metadata_are_answered_while_the_queue_is_full(handler: OpenInference) -> None:
+    service = handler._serving.service("wrist")
+    for _ in range(service.plan.queue_limit):
+        service.admission.enter("somebody")
+    told: list[HttpResponse] = []
+    for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/wrist", "/v2/models/wrist/stats"):
+        handler.handle(HttpRequest("GET", path, {}, b"", clock.monotonic_ns()), told.append)
+    assert [response.status for response in told] == [200] * 4
 
 
 def service_of(*inputs: TensorPlan) -> Service:
