@@ -12,49 +12,31 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import unquote
 
-import msgspec
-
 from agent import VERSION
 from agent.contract.errors import (
-    DeadlineExceeded,
-    EngineFailed,
     InvalidRequest,
     Overloaded,
     ServingError,
-    UnknownModel,
 )
 from agent.contract.plan import TensorPlan
-from agent.contract.tensors import DATATYPES, HEADER_LENGTH, Array, Buffer, read_tensors, write_tensors
-from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, HttpResponse, Reply, error_response
+from agent.contract.tensors import DATATYPES, Array, Buffer, read_tensors
+from agent.frontend.documents import (
+    InferDocument,
+    answer_response,
+    binary_names,
+    document_response,
+    failure,
+    number,
+    only,
+    read,
+    read_document,
+)
+from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, error_response
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
 
-STATUS: dict[type[ServingError], int] = {
-    InvalidRequest: 400,
-    UnknownModel: 404,
-    EngineFailed: 500,
-    Overloaded: 503,
-    DeadlineExceeded: 504,
-}
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
 PLATFORM = "onnxruntime_onnx"
 _TRITON_TYPES = {"BYTES": "TYPE_STRING"}  # the others are TYPE_ and the protocol's name
-
-
-class _Output(msgspec.Struct):
-    name: str
-    parameters: dict[str, Any] = {}
-
-
-class _Infer(msgspec.Struct):
-    inputs: list[Any]
-    id: str = ""
-    parameters: dict[str, Any] = {}
-    outputs: list[_Output] = []
-
-
-_infer_decoder = msgspec.json.Decoder(_Infer)
-_encode = msgspec.json.Encoder().encode
-_LENGTH_KEY = HEADER_LENGTH.lower()
 
 
 def body_limit(services: Iterable[Service], configured_bytes: int) -> int:
@@ -74,7 +56,7 @@ class OpenInference:
         try:
             self._route(request, reply)
         except ServingError as error:
-            reply(_failure(error))
+            reply(failure(error))
 
     def _route(self, request: HttpRequest, reply: Reply) -> None:
         path = request.path.partition("?")[0].rstrip("/")
@@ -85,21 +67,21 @@ class OpenInference:
             case ["v2", "models", model, "versions", version, "infer"]:
                 self._infer(request, reply, model, version)
             case ["v2"]:
-                _read(request, reply, _server_metadata)
+                read(request, reply, _server_metadata)
             case ["v2", "health", "live"]:
-                _read(request, reply, lambda: {"live": True})
+                read(request, reply, lambda: {"live": True})
             case ["v2", "health", "ready"]:
-                _read(request, reply, self._ready)
+                read(request, reply, self._ready)
             case ["v2", "models", "stats"]:
-                _read(request, reply, lambda: _statistics(*self._serving.services.values()))
+                read(request, reply, lambda: _statistics(*self._serving.services.values()))
             case ["v2", "models", model, *rest]:
                 self._model(request, reply, model, rest)
             case ["v2", "repository", "index"]:
-                if _only("POST", request, reply):
-                    reply(_document(self._index()))
+                if only("POST", request, reply):
+                    reply(document_response(self._index()))
             case ["v2", "repository", "models", _, ("load" | "unload") as verb]:
                 text = f"{verb} is refused: which models this device serves is decided by its agent, not by clients"
-                if _only("POST", request, reply):
+                if only("POST", request, reply):
                     reply(error_response(403, text))
             case _:
                 reply(error_response(404, f"there is nothing at {path[:100]}"))
@@ -120,26 +102,26 @@ class OpenInference:
             return
         service = self._serving.service(model)
         service.check_version(version)
-        _read(request, reply, lambda: view(service))
+        read(request, reply, lambda: view(service))
 
     def _infer(self, http: HttpRequest, reply: Reply, model: str, version: str) -> None:
-        if not _only("POST", http, reply):
+        if not only("POST", http, reply):
             return
         service = self._serving.service(model)
         service.check_version(version)
-        length, document = _read_document(http)
-        binary = _binary_names(document)
+        length, document = read_document(http)
+        binary = binary_names(document)
         inputs = _read_inputs(service, document, memoryview(http.body)[length:])
         request = _request(service, version, document, inputs, http)
 
         def done(result: Answer | ServingError) -> None:
             if isinstance(result, ServingError):
-                reply(_failure(result))
+                reply(failure(result))
                 return
             try:
-                reply(_answer(model, document.id, result, binary))
+                reply(answer_response(model, document.id, result, binary))
             except InvalidRequest as error:  # an output that has no JSON form
-                reply(_failure(error))
+                reply(failure(error))
 
         self._serving.submit(request, done)
 
@@ -160,44 +142,8 @@ class OpenInference:
         ]
 
 
-def _failure(error: ServingError) -> HttpResponse:
-    status = error.status or STATUS.get(type(error), 500)
-    headers = {"Retry-After": str(math.ceil(error.retry_after_s or 1))} if status in (429, 503) else None
-    return error_response(status, error.sentence(), headers)
-
-
-def _document(document: Any) -> HttpResponse:
-    return HttpResponse(200, (_encode(document),))
-
-
-def _only(method: str, request: HttpRequest, reply: Reply) -> bool:
-    if request.method == method:
-        return True
-    reply(error_response(405, f"{request.method} is not possible here, use {method}", {"Allow": method}))
-    return False
-
-
-def _read(request: HttpRequest, reply: Reply, make: Callable[[], Any]) -> None:
-    if _only("GET", request, reply):
-        reply(_document(make()))
-
-
 # --- infer ---------------------------------------------------------------------------------------------------
-def _read_document(http: HttpRequest) -> tuple[int, _Infer]:
-    """Length of the JSON part and the document in it."""
-    given = http.headers.get(_LENGTH_KEY)
-    length = len(http.body)
-    if given is not None:
-        if not (given.isascii() and given.isdigit() and len(given) < 16 and int(given) <= length):
-            raise InvalidRequest(f"{HEADER_LENGTH} must be a number of bytes up to the body's {length}")
-        length = int(given)
-    try:
-        return length, _infer_decoder.decode(memoryview(http.body)[:length])
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"the request's JSON cannot be read: {error}") from None
-
-
-def _read_inputs(service: Service, document: _Infer, binary: Buffer) -> dict[str, Array]:
+def _read_inputs(service: Service, document: InferDocument, binary: Buffer) -> dict[str, Array]:
     """The arrays of a request, each built only after its description was found right."""
     seen: set[str] = set()
 
@@ -211,13 +157,13 @@ def _read_inputs(service: Service, document: _Infer, binary: Buffer) -> dict[str
 
 
 def _request(
-    service: Service, version: str, document: _Infer, inputs: dict[str, Array], http: HttpRequest
+    service: Service, version: str, document: InferDocument, inputs: dict[str, Array], http: HttpRequest
 ) -> Request:
-    deadline_ms = _number(document.parameters, "ew_deadline_ms")
+    deadline_ms = number(document.parameters, "ew_deadline_ms")
     if deadline_ms is None:
-        timeout_us = _number(document.parameters, "timeout")  # Triton's name for it
+        timeout_us = number(document.parameters, "timeout")  # Triton's name for it
         deadline_ms = timeout_us / 1e3 if timeout_us else None
-    data_time_s = _number(document.parameters, "ew_time_s")
+    data_time_s = number(document.parameters, "ew_time_s")
     return Request(
         service=service.plan.service,
         inputs=inputs,
@@ -228,40 +174,6 @@ def _request(
         data_time_s=math.nan if data_time_s is None else data_time_s,
         client=http.client,
     )
-
-
-def _number(parameters: dict[str, Any], name: str) -> float | None:
-    value = parameters.get(name)
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InvalidRequest(f"parameter {name} must be a number")
-    return float(value)
-
-
-def _binary_names(document: _Infer) -> Callable[[str], bool]:
-    """Which outputs travel as binary data: each one's own wish, else the request's."""
-    everything = document.parameters.get("binary_data_output") is True
-    wishes: dict[str, bool] = {}
-    for output in document.outputs:
-        for unknown in ("classification", "shared_memory_region"):
-            if unknown in output.parameters:
-                raise InvalidRequest(f"output '{output.name}' asks for {unknown}, which is not offered here")
-        wishes[output.name] = bool(output.parameters.get("binary_data", everything))
-    return lambda name: wishes.get(name, everything)
-
-
-def _answer(model: str, request_id: str, answer: Answer, binary: Callable[[str], bool]) -> HttpResponse:
-    names = {tensor.name for tensor in answer.outputs if binary(tensor.name)}
-    described, parts = write_tensors(answer.outputs, names)
-    parameters = {"ew_served_by": answer.engine, "ew_artifact": answer.digest, "ew_reason": answer.reason}
-    if answer.guard:
-        parameters["ew_guard"] = answer.guard
-    document = {"model_name": model, "model_version": answer.version, "parameters": parameters, "outputs": described}
-    if request_id:
-        document["id"] = request_id
-    head = _encode(document)
-    return HttpResponse(200, (head, *parts), json_bytes=len(head) if parts else 0)
 
 
 # --- what a model says about itself --------------------------------------------------------------------------
