@@ -1,12 +1,16 @@
-"""An agent or its worker killed in the middle of an update: somebody always serves, and the update still arrives."""
+"""An agent, its worker or a child of its update killed in the middle of an update: somebody always serves, and the
+update still arrives.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import psutil
@@ -26,6 +30,7 @@ pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 KILLS = 10
 UPDATE_S = 2.5  # a whole update with this probation takes about so long
+CHILD_S = 0.4  # a trust child or a trial takes about so long
 WINDOW = record(seed=9).windows[:1]
 
 
@@ -56,6 +61,37 @@ def workers(agent: Agent) -> list[int]:
     assert agent.process is not None
     children = psutil.Process(agent.process.pid).children()
     return [child.pid for child in children if "agent.worker" in child.cmdline()]
+
+
+class Hunter:
+    """Ends the next child of an update whose module is `prey`, `delay_s` after it was first seen."""
+
+    def __init__(self, agent: Agent, prey: str, delay_s: float) -> None:
+        assert agent.process is not None
+        self._parent = psutil.Process(agent.process.pid)
+        self._prey, self._delay_s = prey, delay_s
+        self._thread = threading.Thread(target=self._hunt, name="hunter")
+        self._stop = threading.Event()
+        self.killed = False
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _hunt(self) -> None:
+        while not self._stop.is_set():
+            for child in self._parent.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if self._prey in child.cmdline():
+                        clock.sleep(self._delay_s)
+                        self.killed = child.status() != psutil.STATUS_ZOMBIE
+                        child.kill()  # by process id and start time: never somebody else
+                        return
+            clock.sleep(0.002)
 
 
 def all_slots_are_whole(agent: Agent) -> None:
@@ -105,3 +141,25 @@ def test_a_worker_killed_at_random_moments_of_ten_updates_costs_neither_a_reques
             wait_until(lambda before=before: load.answered > before + 20, "requests flow")
             all_slots_are_whole(updated)
     assert load.failed == []
+
+
+@pytest.mark.timeout(900)
+def test_a_child_of_an_update_killed_at_a_random_moment_of_ten_updates_is_asked_again_and_the_update_arrives(
+    updated: Agent, director: Director, tmp_path: Path
+) -> None:
+    """Nothing is condemned for it: not the candidate on trial, not the repository being judged."""
+    dice = np.random.default_rng(7)
+    ended = 0
+    for number in range(2, KILLS + 2):
+        prey = ("agent.ota.trial", "agent.ota.trust")[number % 2]
+        new = director.publish(next_version(updated.artifacts, tmp_path, number))
+        with Hunter(updated, prey, float(dice.random()) * CHILD_S) as hunter:
+            version = director.want(new)
+            report = director.end(version, within_s=120.0)
+        ended += hunter.killed
+        assert report["update_state"] == "committed", (prey, report, updated.log.read_text()[-3000:])
+        assert not {"rejected", "quarantined", "failed"} & {*director.states(version)}
+        assert versions(updated)["wrist"] == number
+        assert answers(updated)
+        all_slots_are_whole(updated)
+    assert ended >= KILLS // 2  # a child may have answered before its moment came
