@@ -12,7 +12,7 @@ from pathlib import Path
 from agent import clock
 from agent.contract.errors import ArtifactError, EngineFailed, Incompatible, UnknownModel
 from agent.contract.plan import EngineKind, EngineLoaded, EnginePlan, ServicePlan, TensorPlan
-from agent.engine import Engine, FloorEngine, OnnxEngine, check_golden, load_golden
+from agent.engine import Engine, FloorEngine, Golden, OnnxEngine, check_golden, load_golden
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,10 @@ def load_lineup(service: ServicePlan) -> tuple[Lineup, tuple[EngineLoaded, ...]]
 def _load(service: ServicePlan, index: int, plan: EnginePlan) -> tuple[Seat | None, EngineLoaded]:
     start = clock.monotonic_ns()
     try:
-        engine = _build(plan)
+        golden = load_golden(Path(plan.golden_path)) if plan.golden_path else None
+        engine = _build(plan, golden)
         _check_siblings(service.engines[0], plan)
-        wrong = _golden_fault(engine, plan)
+        wrong = "" if golden is None else check_golden(engine, golden).text
     except (ArtifactError, EngineFailed) as error:
         return None, EngineLoaded(
             service.service, plan.engine, 0.0, golden_ok=False, error_code=error.code, error=error.sentence()
@@ -88,7 +89,7 @@ def _load(service: ServicePlan, index: int, plan: EnginePlan) -> tuple[Seat | No
     return (None if wrong else Seat(index, plan, engine)), report
 
 
-def _build(plan: EnginePlan) -> Engine:
+def _build(plan: EnginePlan, golden: Golden | None) -> Engine:
     match plan.kind:
         case EngineKind.FLOOR:
             return FloorEngine(plan.floor_outputs or {}, plan.inputs, plan.outputs)
@@ -97,14 +98,8 @@ def _build(plan: EnginePlan) -> Engine:
                 Path(plan.model_path), sha256=plan.model_sha256, threads=plan.threads, name=plan.engine
             )
             _check_signature(plan, engine)
-            engine.warm()
+            engine.warm(None if golden is None else golden.first(engine.inputs))
             return engine
-
-
-def _golden_fault(engine: Engine, plan: EnginePlan) -> str:
-    if not plan.golden_path:
-        return ""
-    return check_golden(engine, load_golden(Path(plan.golden_path))).text
 
 
 def _check_signature(plan: EnginePlan, engine: OnnxEngine) -> None:

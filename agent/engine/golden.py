@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from agent.contract.errors import Corrupt, TooLarge
+from agent.contract.plan import TensorPlan
 from agent.contract.tensors import Array
 from agent.engine.engine import Engine
 from agent.engine.runtime import RunControl, short
@@ -30,6 +32,19 @@ class Golden:
     inputs: dict[str, Array]
     outputs: dict[str, Array]
     tolerance: float
+
+    def pieces(self, inputs: Sequence[TensorPlan]) -> Iterator[tuple[dict[str, Array], dict[str, Array]]]:
+        """Requests with their answers: one a row, or all at once for a model whose `inputs` are not all rows."""
+        arrays = (*self.inputs.values(), *self.outputs.values())
+        if any(tensor.shape[:1] not in ((-1,), (1,)) for tensor in inputs) or not all(a.ndim for a in arrays):
+            yield self.inputs, self.outputs
+            return
+        for row in range(min(map(len, arrays))):
+            yield _row(self.inputs, row), _row(self.outputs, row)
+
+    def first(self, inputs: Sequence[TensorPlan]) -> dict[str, Array]:
+        """The first request of `pieces`: what a model can be warmed with."""
+        return next(self.pieces(inputs))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,7 @@ def load_golden(path: Path) -> Golden:
         raise Corrupt(f"golden inputs {path} cannot be read: {short(error)}") from None
     inputs = {name.removeprefix("in_"): array for name, array in arrays.items() if name.startswith("in_")}
     outputs = {name.removeprefix("out_"): array for name, array in arrays.items() if name.startswith("out_")}
-    whole = inputs and outputs and all(a.ndim and len(a) for a in (*inputs.values(), *outputs.values()))
+    whole = inputs and outputs and all(array.size for array in (*inputs.values(), *outputs.values()))
     if not whole or not tolerance >= 0:
         raise Corrupt(f"golden inputs {path} need rows in_<input> and out_<output> and a tolerance")
     return Golden(inputs, outputs, tolerance)
@@ -86,7 +101,10 @@ def check_golden(engine: Engine, golden: Golden, *, limit_s: float = 10.0) -> Go
     timer.name = "engine-golden-limit"
     timer.start()
     try:
-        results = [_check_row(engine, golden, row, control) for row in range(_rows(golden))]
+        results = [
+            _check_piece(engine, golden.tolerance, number, feeds, expected, control)
+            for number, (feeds, expected) in enumerate(golden.pieces(engine.inputs))
+        ]
     finally:
         timer.cancel()
         timer.join()
@@ -94,23 +112,29 @@ def check_golden(engine: Engine, golden: Golden, *, limit_s: float = 10.0) -> Go
     return next((result for result in results if not result.passed), GoldenResult(passed=True, difference=worst))
 
 
-def _rows(golden: Golden) -> int:
-    return min(len(array) for array in (*golden.inputs.values(), *golden.outputs.values()))
+def _row(arrays: Mapping[str, Array], row: int) -> dict[str, Array]:
+    return {name: array[row : row + 1] for name, array in arrays.items()}
 
 
-def _check_row(engine: Engine, golden: Golden, row: int, control: RunControl) -> GoldenResult:
-    feeds = {name: array[row : row + 1] for name, array in golden.inputs.items()}
-    answer = engine.run(feeds, tuple(golden.outputs), control=control)
+def _check_piece(
+    engine: Engine,
+    tolerance: float,
+    number: int,
+    feeds: dict[str, Array],
+    wanted: dict[str, Array],
+    control: RunControl,
+) -> GoldenResult:
+    answer = engine.run(feeds, tuple(wanted), control=control)
     worst = 0.0
-    for name, rows in golden.outputs.items():
-        given, expected = answer[name], rows[row : row + 1]
+    for name, expected in wanted.items():
+        given = answer[name]
         if given.shape != expected.shape:
             text = f"'{name}' has shape {list(given.shape)}, {list(expected.shape)} was expected"
             return GoldenResult(passed=False, difference=float("inf"), text=text)
         worst = max(worst, _difference(given, expected))
-    if worst <= golden.tolerance:
+    if worst <= tolerance:
         return GoldenResult(passed=True, difference=worst)
-    text = f"golden input {row} is answered {worst:.3g} off, allowed is {golden.tolerance:.3g}"
+    text = f"golden input {number} is answered {worst:.3g} off, allowed is {tolerance:.3g}"
     return GoldenResult(passed=False, difference=worst, text=text)
 
 

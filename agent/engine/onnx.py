@@ -62,13 +62,15 @@ class OnnxEngine:
                 f"engine '{name}' cannot be loaded from {path} by onnxruntime {runtime_version()}: {short(error)}"
             ) from None
 
-    def warm(self, *, limit_s: float = 10.0) -> None:
-        """Run a few times on zeros, measure, and prepare the pre-bound batch-1 lane where shapes allow it.
+    def warm(self, feeds: Mapping[str, Array] | None = None, *, limit_s: float = 10.0) -> None:
+        """Run a few times on one request, measure, and prepare the pre-bound batch-1 lane where shapes allow it.
+
+        `feeds`: that request; zeros when none is given, which not every model can answer.
 
         Raises:
-            EngineFailed: it cannot answer zeros, or not within `limit_s`.
+            EngineFailed: it cannot answer that, or not within `limit_s`.
         """
-        feeds = {tensor.name: _zeros(tensor) for tensor in self.inputs}
+        feeds = {tensor.name: _zeros(tensor) for tensor in self.inputs} if feeds is None else feeds
         control = RunControl()
         timer = threading.Timer(limit_s, control.stop)
         timer.name = "engine-warm-limit"

@@ -326,6 +326,21 @@ def test_golden_answers_that_are_not_finite_or_misshapen_do_not_pass(tmp_path: P
     assert "shape" in wide.text
 
 
+def test_golden_inputs_that_are_no_rows_are_one_request() -> None:
+    scalar, state = np.array(3, np.int64), np.zeros((2, 1, 5), np.float32)
+    golden = Golden({"rate": scalar, "state": state}, {"next": state}, 0.0)
+    inputs = (TensorPlan("rate", "INT64", ()), TensorPlan("state", "FP32", (2, -1, 5)))
+    assert list(golden.pieces(inputs)) == [(golden.inputs, golden.outputs)]
+    assert golden.first(inputs) is golden.inputs
+
+
+def test_golden_inputs_that_are_rows_are_asked_one_by_one() -> None:
+    x = window(rows=3)
+    golden = Golden({"window": x}, {"probability": expected_probability(x)}, 0.0)
+    pieces = list(golden.pieces((TensorPlan("window", "FP32", (-1, LENGTH, 3)),)))
+    assert [feeds["window"].tolist() for feeds, _ in pieces] == [x[row : row + 1].tolist() for row in range(3)]
+
+
 @pytest.mark.parametrize(
     "arrays",
     [
