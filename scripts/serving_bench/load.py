@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from scripts.serving_bench.processes import Failed
 
@@ -101,7 +101,7 @@ class Running:
         document: dict[str, Any] = json.loads(out)
         return document
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,10 +7,9 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from agent.asking import ask
-from agent.client import Client
 from agent.contract.errors import EdgewardenError
 from agent.contract.tensors import HEADER_LENGTH, Tensor, write_tensors
 from scripts.serving_bench.load import Question, Target, http_request
@@ -52,7 +51,7 @@ class Ours:
     def target(self, *, unix: bool) -> Target:
         return Target(unix=self.unix) if unix else Target(port=self.port)
 
-    def __enter__(self) -> Ours:
+    def __enter__(self) -> Self:
         self.group.__enter__()
         try:
             self.wait_ready()

@@ -5,45 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`limit`: the most (`at_least` False) or the least allowed."""
+    """`bound`: whether `limit` is the most or the least allowed."""
 
     section: str
     key: str
+    bound: Literal["at most", "at least"]
     limit: float
-    at_least: bool
     text: str
 
     def met(self, value: float | None) -> bool | None:
         if value is None:
             return None
-        return value >= self.limit if self.at_least else value <= self.limit
+        return value >= self.limit if self.bound == "at least" else value <= self.limit
 
 
 GOALS = (
-    Goal("ratios", "inprocess_over_bare", 0.95, False, "in-process request over bare session.run, MLP, CPU"),
-    Goal("ratios", "monitoring_over_bare", 0.15, False, "what monitoring adds over bare session.run, CPU"),
-    Goal("ratios", "uds_over_floor", 1.5, False, "Unix socket, pinned, over C echo + bound run"),
-    Goal("ratios", "cpu_over_fastapi", 0.2, False, "CPU per request over FastAPI's, 16 connections, JSON"),
-    Goal("ratios", "rps_over_fastapi", 5, True, "requests/s over FastAPI's, 16 connections, JSON"),
-    Goal("ratios", "rps_over_mlserver", 12, True, "requests/s over MLServer's"),
-    Goal("ratios", "rps_over_litserve", 20, True, "requests/s over LitServe's"),
-    Goal("ratios", "rps_over_bentoml", 40, True, "requests/s over BentoML's"),
-    Goal("ratios", "p999_busy_over_idle", 2, False, "p999 with a busy agent process over idle"),
-    Goal("ratios", "rss_over_mlserver", 0.5, False, "worker's RSS over MLServer's"),
-    Goal("ratios", "first_reply_over_mlserver", 1 / 3, False, "exec to first reply over MLServer's"),
-    Goal("ratios", "kill_over_cold_start", 1.5, False, "kill -9 to next answer over a cold worker start"),
-    Goal("memory", "total_pss_mb", 100, False, "PSS of all processes less the model file, MobileNet-like, MB"),
-    Goal("swap", "swaps", 1000, True, "swaps under load"),
-    Goal("swap", "generations", 100, True, "of them whole generations"),
-    Goal("swap", "requests", 1_000_000, True, "requests across the swaps"),
-    Goal("swap", "errors", 0, False, "errors and resets among them"),
-    Goal("swap", "rss_growth", 0.05, False, "growth of RSS after the swaps"),
-    Goal("overload", "goodput_over_capacity", 0.95, True, "goodput at 2x overload over capacity"),
+    Goal("ratios", "inprocess_over_bare", "at most", 0.95, "in-process request over bare session.run, MLP, CPU"),
+    Goal("ratios", "monitoring_over_bare", "at most", 0.15, "what monitoring adds over bare session.run, CPU"),
+    Goal("ratios", "uds_over_floor", "at most", 1.5, "Unix socket, pinned, over C echo + bound run"),
+    Goal("ratios", "cpu_over_fastapi", "at most", 0.2, "CPU per request over FastAPI's, 16 connections, JSON"),
+    Goal("ratios", "rps_over_fastapi", "at least", 5, "requests/s over FastAPI's, 16 connections, JSON"),
+    Goal("ratios", "rps_over_mlserver", "at least", 12, "requests/s over MLServer's"),
+    Goal("ratios", "rps_over_litserve", "at least", 20, "requests/s over LitServe's"),
+    Goal("ratios", "rps_over_bentoml", "at least", 40, "requests/s over BentoML's"),
+    Goal("ratios", "p999_busy_over_idle", "at most", 2, "p999 with a busy agent process over idle"),
+    Goal("ratios", "rss_over_mlserver", "at most", 0.5, "worker's RSS over MLServer's"),
+    Goal("ratios", "first_reply_over_mlserver", "at most", 1 / 3, "exec to first reply over MLServer's"),
+    Goal("ratios", "kill_over_cold_start", "at most", 1.5, "kill -9 to next answer over a cold worker start"),
+    Goal("memory", "total_pss_mb", "at most", 100, "PSS of all processes less the model file, MobileNet-like, MB"),
+    Goal("swap", "swaps", "at least", 1000, "swaps under load"),
+    Goal("swap", "generations", "at least", 100, "of them whole generations"),
+    Goal("swap", "requests", "at least", 1_000_000, "requests across the swaps"),
+    Goal("swap", "errors", "at most", 0, "errors and resets among them"),
+    Goal("swap", "rss_growth", "at most", 0.05, "growth of RSS after the swaps"),
+    Goal("overload", "goodput_over_capacity", "at least", 0.95, "goodput at 2x overload over capacity"),
 )
 KEYS: Mapping[str, tuple[str, ...]] = {
     "floor": ("echo_us", "bound_run_us"),
@@ -85,11 +85,10 @@ def lines(document: Mapping[str, Any]) -> list[str]:
     for goal in GOALS:
         value = document[goal.section][goal.key]
         met = goal.met(value)
-        sign = "at least" if goal.at_least else "at most"
         verdict = {True: "met", False: "MISSED", None: "not measured"}[met]
         shown = "-" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
         limit = f"{goal.limit:,.3g}" if goal.limit < 1000 else f"{goal.limit:,.0f}"
-        rows.append(f"{goal.text:58}{shown:>12}  {sign} {limit:<10}{verdict}")
+        rows.append(f"{goal.text:58}{shown:>12}  {goal.bound} {limit:<10}{verdict}")
     for part, why in document["missing"].items():
         rows.append(f"not measured: {part}: {why}")
     return rows

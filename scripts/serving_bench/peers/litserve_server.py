@@ -9,12 +9,12 @@ import onnxruntime
 
 
 class Mlp(litserve.LitAPI):
-    def setup(self, device: str) -> None:
+    def setup(self, device: str) -> None:  # noqa: ARG002
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 
-    def decode_request(self, request):  # type: ignore[no-untyped-def]  # noqa: ANN - LitServe reads the annotations
+    def decode_request(self, request):  # type: ignore[no-untyped-def]  # LitServe reads annotations, and has its own idea of them
         return np.array(request["x"], np.float32)
 
     def predict(self, x: Any) -> Any:
@@ -26,4 +26,6 @@ class Mlp(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(Mlp(), accelerator="cpu", workers_per_device=1)
-    server.run(host="127.0.0.1", port=int(sys.argv[2]), num_api_servers=1, log_level="error", generate_client_file=False)
+    server.run(
+        host="127.0.0.1", port=int(sys.argv[2]), num_api_servers=1, log_level="error", generate_client_file=False
+    )
