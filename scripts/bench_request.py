@@ -1,4 +1,4 @@
-"""What one request costs beside a bare run of the same model, in one process: `scripts/bench`.
+"""What one request costs beside a bare run of the same model, in one process: `scripts/bench request`.
 
 Figures are CPU microseconds per request (20th percentile over interleaved rounds of one thread's CPU clock: wall
 clocks lie on shared machines), and ratios between rows of this one run. The model is the committed fallback, so no
@@ -102,7 +102,7 @@ def main() -> int:
     import tempfile
 
     parser = argparse.ArgumentParser(
-        prog="scripts/bench", description="Cost of a request beside a bare run of its model."
+        prog="scripts/bench request", description="Cost of a request beside a bare run of its model."
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     as_json = parser.parse_args().json
