@@ -2,8 +2,8 @@
 
 Promises: sequence numbers without gaps per boot; a message leaves only when it was taken (`settle`; once a host is
 followed, only when that host has it: `acknowledge`), is too old, can never be taken (`refuse`) or has to make room;
-what makes room is the oldest of the least important class; everything dropped is counted. On a full disk a bounded
-number of messages waits in memory.
+what makes room is the oldest of the least important class; everything dropped is counted, and a host that waits for
+it can be told (`gaps`). On a full disk a bounded number of messages waits in memory.
 Leaves to others: sending (`agent.link`) and bytes on disk (`agent.store`).
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from agent.contract.errors import StorageError
 from agent.store import Row, Store
@@ -19,7 +20,8 @@ from agent.store import Row, Store
 HELD_MESSAGES = 256
 GONE_MESSAGES = 1000  # finished on a disk too full to forget them; sending pauses beyond
 TAKEN_MESSAGES = 1000  # sent and not acknowledged; beyond, sending waits for the host
-ROW_OVERHEAD_BYTES = 96  # what table and index take beside the payload, generously
+GAPS_TOLD = 16  # boots at once; the others' turn comes
+ROW_OVERHEAD_BYTES = 128  # what table and indexes take beside the payload, generously
 
 
 class Priority(StrEnum):
@@ -28,6 +30,12 @@ class Priority(StrEnum):
     ALARM = "A"  # alarms, installs, decisions
     TELEMETRY = "B"
     SAMPLE = "C"
+
+
+class _Mark(NamedTuple):
+    boot: str
+    seq: int
+    at: float
 
 
 class Outbox:
@@ -42,7 +50,9 @@ class Outbox:
         self._next_seq = 1
         self._held: dict[int, Row] = {}  # not on disk; ids below zero
         self.follows_host = False
-        self._taken: dict[int, tuple[str, int]] = {}  # the broker has them, the host has not committed them yet
+        self._taken: dict[int, _Mark] = {}  # the broker has them, the host has not committed them yet
+        self._committed: dict[str, int] = {}  # what the host said last
+        self._moved = True  # since gaps were looked for
         self._gone: set[int] = set()  # finished, but the full disk could not forget them yet
         self._count, self._bytes, self._oldest_at = store.outbox_totals()
         self._counters = dict.fromkeys(("put", "settled", "expired", "refused", "unwanted", "storage_errors"), 0)
@@ -62,7 +72,7 @@ class Outbox:
         if self._make_room(row):
             self._keep(row)
         else:
-            self._dropped[priority.value] += 1
+            self._drop(priority)
         return seq
 
     def take(self, limit: int, *, skip_ids: Collection[int], skip_topics: Collection[str], now: float) -> list[Row]:
@@ -85,19 +95,39 @@ class Outbox:
         """The broker has taken it. While a host is followed a stored message stays until that host has it."""
         self._counters["settled"] += 1
         if self.follows_host and row.id > 0:
-            self._taken[row.id] = row.boot, row.seq
+            self._taken[row.id] = _Mark(row.boot, row.seq, row.at)
         else:
             self._finish(row)
 
     def follow_host(self) -> None:
         """From now on only `acknowledge` removes what the broker took."""
-        self.follows_host = True
+        self.follows_host = self._moved = True
 
     def acknowledge(self, committed: Mapping[str, int]) -> None:
-        """A host has committed, per boot, every message up to this number. What was not sent yet stays."""
-        done = {id_ for id_, (boot, seq) in self._taken.items() if seq <= committed.get(boot, 0)}
-        if done and self._forget(done):
-            self._taken = {id_: mark for id_, mark in self._taken.items() if id_ not in done}
+        """A host waits, per boot, for no message up to this number. What was not sent yet stays."""
+        self._moved |= committed != self._committed
+        self._committed = dict(committed)
+        done = {id_ for id_, mark in self._taken.items() if mark.seq <= committed.get(mark.boot, 0)}
+        if done:
+            self._forget(done)
+
+    def gaps(self) -> dict[str, int]:
+        """Boot -> the lowest number that may still come, of boots where the followed host waits for a lower one.
+
+        Empty when nothing changed since it was asked last.
+        """
+        if not (self.follows_host and self._moved):
+            return {}
+        try:
+            lowest = self._store.lowest_seqs()
+        except StorageError:
+            self._counters["storage_errors"] += 1
+            return {}
+        self._moved = False
+        held = min((row.seq for row in self._held.values()), default=self._next_seq)  # all of this boot
+        lowest[self.boot] = min(held, lowest.get(self.boot, held))
+        behind = [(boot, seq) for boot, seq in lowest.items() if self._committed.get(boot, 0) < seq - 1]
+        return dict(behind[:GAPS_TOLD])
 
     def send_again(self) -> None:
         """A new connection: what the host has not acknowledged is sent once more; it knows what it has."""
@@ -160,6 +190,10 @@ class Outbox:
         }
 
     # --- inside ---------------------------------------------------------------------------------------------
+    def _drop(self, priority: str) -> None:
+        self._dropped[priority] += 1
+        self._moved = True
+
     def _keep(self, row: Row) -> None:
         if self._stored(row):
             return
@@ -168,7 +202,7 @@ class Outbox:
         if len(self._held) > HELD_MESSAGES:
             least = max(self._held.values(), key=lambda held: (held.priority, held.id))
             del self._held[least.id]
-            self._dropped[least.priority] += 1
+            self._drop(least.priority)
 
     def _stored(self, row: Row) -> bool:
         try:
@@ -215,13 +249,18 @@ class Outbox:
             self._gone |= ids
             return False
         self._gone = self._gone - ids
+        self._taken = {id_: mark for id_, mark in self._taken.items() if id_ not in ids}
+        self._moved = True
         self._count -= count
         self._bytes -= size_bytes
         return True
 
     def _expire(self, now: float) -> None:
+        border = now - self.max_age_s
         try:
-            self._counters["expired"] += self._store.delete_rows_before(now - self.max_age_s)
+            self._counters["expired"] += self._store.delete_rows_before(border)
+            self._taken = {id_: mark for id_, mark in self._taken.items() if mark.at >= border}
+            self._moved = True
             self._count, self._bytes, self._oldest_at = self._store.outbox_totals()
         except StorageError:
             self._counters["storage_errors"] += 1

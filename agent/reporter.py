@@ -33,11 +33,20 @@ class Reporter:
         self._topics = topics
         self._outbox = outbox
         self._link = link
+        self._status: Status | None = None
         self._counts = dict.fromkeys(("events", "telemetry", "parts_left_out"), 0)
 
     def presence(self, state: Literal["online", "offline"], reason: str) -> None:
-        document = Status(device=self._topics.device, boot=self._outbox.boot, state=state, reason=reason, at=wall_s())
-        self._announce(self._topics.status, document.encode())
+        self._status = Status(
+            device=self._topics.device, boot=self._outbox.boot, state=state, reason=reason, at=wall_s()
+        )
+        self._announce(self._topics.status, self._status.encode())
+
+    def gaps(self, kept_from: Mapping[str, int]) -> None:
+        """The host waits for messages that will never come: say with the presence, per boot, what still may."""
+        if kept_from and self._status is not None and kept_from != self._status.kept_from:
+            self._status = self._status.model_copy(update={"kept_from": dict(kept_from)})
+            self._announce(self._topics.status, self._status.encode())
 
     def birth(
         self, info: DeviceInfo, *, runtime: str, artifacts: Mapping[str, str], capabilities: Iterable[str] = ()

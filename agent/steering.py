@@ -54,6 +54,7 @@ class Steering:
     def __init__(self, parts: Parts, reporter: Reporter, pilot: Pilot) -> None:
         self._parts = parts
         self._pilot = pilot
+        self._reporter = reporter
         errands = Chores("ew-errand", on_fault=pilot.note_fault)
         self._enrolment = Enrolment(parts.config, parts.store, errands, self._enrolled)
         self._unreadable_marks = 0
@@ -79,6 +80,7 @@ class Steering:
     def tick(self) -> None:
         """About once a second."""
         self._enrolment.tick()
+        self._reporter.gaps(self._parts.outbox.gaps())
         if self._orders is not None and self.updater is not None:
             self._orders.tick()
             self.updater.tick()

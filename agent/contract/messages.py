@@ -58,7 +58,11 @@ class Envelope(Message):
 
 
 class Status(Message):
-    """Retained presence; also the last will. Not queued, so it has no `seq`."""
+    """Retained presence; also the last will. Not queued, so it has no `seq`.
+
+    `kept_from`: boot -> nothing of that boot below this sequence number will come any more, because it is settled or
+    was dropped; said only while the host waits for such messages.
+    """
 
     v: int = FORMAT
     device: str
@@ -66,6 +70,7 @@ class Status(Message):
     state: Literal["online", "offline", "sleeping"]
     reason: str = ""
     at: float
+    kept_from: dict[str, int] = {}
 
 
 class Birth(Message):

@@ -14,7 +14,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -32,6 +32,7 @@ MAX_NAMES = 256  # counters, gauges, numbers, channels of one message
 MAX_NAME = 64
 MAX_TEXT = 2000
 MAX_DETAIL_BYTES = 16 * 1024
+MAX_KEPT = 16  # boots that a device may speak of in its presence
 MAX_PARTS = 64  # drift windows or sketches in one telemetry message
 LATEST_S = 4.2e9  # wall times beyond the year 2100 are nonsense
 ERRORS = (0.001, 0.2)  # relative errors of sketches that are accepted
@@ -74,10 +75,13 @@ class TelemetrySeen:
 
 @dataclass(frozen=True, slots=True)
 class StatusSeen:
+    """`kept_from`: boot -> no message below this number will come any more."""
+
     device: str
     boot: str
     state: str
     reason: str
+    kept_from: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +115,12 @@ Seen = EventSeen | TelemetrySeen | StatusSeen | BirthSeen | ReportedSeen | Reply
 
 @dataclass(frozen=True, slots=True)
 class Refused:
+    """`key`: its place in the device's sequence, as far as it can be read: nobody shall wait for it."""
+
     device: str  # "" when the topic names none
     code: str
     text: str
+    key: Key | None = None
 
 
 @dataclass(slots=True)
@@ -136,6 +143,8 @@ class Roster:
         return not self.quota or self._sent[device] <= self.quota
 
 
+QUEUED = ("tm", "ev")  # what a device counts and keeps until it is settled
+
 M = TypeVar("M", messages.Status, messages.Birth, messages.Reported, messages.Telemetry, messages.Event)
 
 
@@ -150,6 +159,13 @@ def read(topic: str, payload: bytes, roster: Roster, *, now_s: float) -> Seen | 
         return Refused("", "topic", f"no topic of this fleet: {topic[:120]!r}")
     if not roster.known(device):
         return Refused("", "unknown_device", f"'{device}' is not enrolled")
+    answer = _judged(device, tail, payload, roster, now_s)
+    if isinstance(answer, Refused) and tail.partition("/")[0] in QUEUED:
+        return replace(answer, key=_place(device, payload))
+    return answer
+
+
+def _judged(device: str, tail: str, payload: bytes, roster: Roster, now_s: float) -> Seen | Refused:
     if not roster.admits(device, now_s):
         return Refused(device, "quota", f"more than {roster.quota} messages today")
     if len(payload) > messages.MAX_MESSAGE_BYTES:
@@ -164,6 +180,18 @@ def read(topic: str, payload: bytes, roster: Roster, *, now_s: float) -> Seen | 
         return Refused(device, "foreign_device", str(error)[:MAX_TEXT])
     except (ContractError, ValidationError, ValueError, OverflowError, RecursionError) as error:
         return Refused(device, "malformed", f"{tail}: {' '.join(str(error).split())}"[:MAX_TEXT])
+
+
+def _place(device: str, payload: bytes) -> Key | None:
+    """Where a refused message stood in its sender's sequence; None = it does not say."""
+    try:
+        document = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    match document:
+        case {"boot": str(boot), "seq": int(seq)} if _BOOT.fullmatch(boot) and 1 <= seq <= MAX_COUNT:
+            return Key(device, boot, int(seq))
+    return None
 
 
 class _Foreign(ValueError):
@@ -183,7 +211,8 @@ def _parse(device: str, tail: str, payload: bytes) -> Seen | Refused:
     match kind:
         case "status":
             status = _own(device, messages.Status.decode(payload))
-            return StatusSeen(device, _boot(status.boot), status.state, status.reason[:MAX_TEXT])
+            kept = _kept(status.kept_from)
+            return StatusSeen(device, _boot(status.boot), status.state, status.reason[:MAX_TEXT], kept)
         case "birth":
             birth = _own(device, messages.Birth.decode(payload))
             return BirthSeen(device, _boot(birth.boot), _document(birth))
@@ -215,6 +244,12 @@ def _boot(boot: str) -> str:
     if not _BOOT.fullmatch(boot):
         raise _OutOfBounds("boot is not 1 to 64 plain characters")
     return boot
+
+
+def _kept(kept_from: dict[str, int]) -> dict[str, int]:
+    if len(kept_from) > MAX_KEPT or not all(1 <= seq <= MAX_COUNT for seq in kept_from.values()):
+        raise _OutOfBounds(f"kept_from has more than {MAX_KEPT} boots or a number that is not 1 to 2^53")
+    return {_boot(boot): seq for boot, seq in kept_from.items()}
 
 
 def _document(message: messages.Message) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 Promises: a message is acknowledged to the broker only after its transaction committed, so nothing that a broker
 has taken is lost by a crash or a full disk of ours; a message that comes twice counts once; what is not believed
 is refused, counted and acknowledged, so that it does not come for ever; everything that waits is bounded. After each
-commit the device learns, by the retained `ack`, up to where it is safe.
+commit the device learns, by the retained `ack`, up to where it need keep nothing: everything up to there is here, was
+refused, or was given up by the device itself.
 Leaves to others: what a message means (`inbox`), what follows (`planner`).
 
 The wire itself is `broker`. One thread (`ingest`) commits; `retain` and `command` may be called from any.
@@ -151,13 +152,17 @@ class Ingest:
         """One transaction for the whole batch; returns the watermarks that may have moved."""
         seen = [answer for answer in answers if not isinstance(answer, Refused)]
         queued = [item for item in seen if isinstance(item, EventSeen | TelemetrySeen)]
+        refused = [answer.key for answer in answers if isinstance(answer, Refused) and answer.key is not None]
         with self._database.writing() as tx:
             new = set(messages.admit(tx, queued, now_s=now_s))
+            messages.settle(tx, refused, now_s=now_s)
             for item in seen:
                 if not isinstance(item, EventSeen | TelemetrySeen) or item.key in new:
                     note(tx, item, now_s=now_s)
             messages.refuse(tx, _counted(answers), now_s=now_s)
-            touched = {item.key.device: messages.watermarks(tx, item.key.device) for item in queued}
+            moved = {key.device for key in (*refused, *(item.key for item in queued))}
+            moved |= {item.device for item in seen if isinstance(item, StatusSeen) and item.kept_from}
+            touched = {device: messages.watermarks(tx, device) for device in moved}
         self._counters["committed"] += len(new)
         self._counters["repeated"] += len(queued) - len(new)
         self._counters["refused"] += len(answers) - len(seen)
@@ -202,6 +207,7 @@ def note(tx: Connection, item: Seen, *, now_s: float) -> None:
 
 
 def _note_status(tx: Connection, item: StatusSeen, now_s: float) -> None:
+    messages.give_up(tx, item.device, item.kept_from, now_s=now_s)
     before = devices.find(tx, item.device)
     values = {"presence": item.state, "presence_reason": item.reason, "boot": item.boot, "last_seen_at": now_s}
     devices.change(tx, item.device, now_s=now_s, **values)

@@ -235,3 +235,72 @@ def test_a_full_disk_does_not_lose_an_acknowledgement(store: FullDisk) -> None:
     outbox.send_again()
     assert take(outbox) == []
     assert outbox.statistics()["rows"] == 0
+
+
+def test_the_host_is_told_of_places_that_stay_empty_and_only_of_those(store: FullDisk) -> None:
+    outbox = make(store)
+    for _ in range(3):
+        put(outbox)
+        outbox.settle(take(outbox)[0])  # before there was a host: gone with the PUBACK
+    assert outbox.gaps() == {}
+    outbox.follow_host()
+    assert outbox.gaps() == {"b1": 4}
+    assert outbox.gaps() == {}  # nothing changed since
+    outbox.acknowledge({"b1": 3})
+    assert outbox.gaps() == {}
+    for _ in range(5):
+        put(outbox)
+    rows = {row.seq: row for row in take(outbox)}
+    for seq in (5, 7):
+        outbox.refuse(rows[seq])
+    assert outbox.gaps() == {}  # 4 is still to come
+    for seq in (4, 6, 8):
+        outbox.settle(rows[seq])
+    outbox.acknowledge({"b1": 4})
+    assert outbox.gaps() == {"b1": 6}
+    outbox.acknowledge({"b1": 6})
+    assert outbox.gaps() == {"b1": 8}
+    outbox.acknowledge({"b1": 8})
+    assert (outbox.gaps(), outbox.statistics()["rows"]) == ({}, 0)
+
+
+def test_of_many_boots_with_empty_places_each_has_its_turn(store: FullDisk) -> None:
+    for boot in range(40):
+        former = make(store, boot=f"f{boot:02}")
+        put(former)
+        put(former)
+        former.refuse(next(row for row in take(former) if (row.boot, row.seq) == (former.boot, 1)))
+    outbox = make(store, boot="b1")
+    outbox.follow_host()
+    told: dict[str, int] = {}
+    while found := outbox.gaps():
+        assert len(found) <= 16
+        told |= found
+        outbox.acknowledge({boot: seq - 1 for boot, seq in told.items()})
+    assert told == {f"f{boot:02}": 2 for boot in range(40)}
+
+
+def test_what_was_dropped_or_expired_no_longer_counts_as_sent_and_waited_for(store: FullDisk) -> None:
+    outbox = make(store, max_age_s=100.0)
+    outbox.follow_host()
+    for at in (0.0, 90.0):
+        put(outbox, at=at)
+    for row in take(outbox):
+        outbox.settle(row)
+    outbox.tidy(150.0, skip_ids=())
+    assert (outbox.statistics()["taken"], outbox.gaps()) == (1, {"b1": 2})
+    while not outbox.statistics()["dropped"]:
+        put(outbox, size=8000, at=150.0)
+    assert (outbox.statistics()["taken"], outbox.gaps()) == (0, {"b1": 4})  # 2 alone made too little room
+
+
+def test_messages_that_wait_in_memory_may_still_come(store: FullDisk) -> None:
+    outbox = make(store)
+    outbox.follow_host()
+    store.full = True
+    put(outbox)
+    assert outbox.gaps() == {}
+    outbox.acknowledge({"b1": 0})
+    for _ in range(HELD_MESSAGES):
+        put(outbox)
+    assert outbox.gaps() == {"b1": 2}  # the oldest had to make room in memory

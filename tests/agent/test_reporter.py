@@ -2,6 +2,7 @@ import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -106,6 +107,23 @@ def test_presence_birth_and_reported_are_announced_not_queued(reporter: Reporter
     assert documents["status"]["state"] == "online"
     assert documents["birth"]["artifacts"] == {"wrist": "ab"}
     assert documents["reported"]["services"] == {"wrist": {"active": "wrist"}}
+
+
+def test_empty_places_are_told_with_the_presence_once(reporter: Reporter) -> None:
+    def status() -> dict[str, Any]:
+        return json.loads(reporter._link._documents[TOPICS.status])
+
+    reporter.gaps({"b1": 4})  # nobody is present yet
+    reporter.presence("online", "started")
+    assert status()["kept_from"] == {}
+    reporter.gaps({"b1": 4})
+    first = status()
+    assert (first["state"], first["reason"], first["kept_from"]) == ("online", "started", {"b1": 4})
+    reporter.gaps({"b1": 4})
+    reporter.gaps({})
+    assert status() == first
+    reporter.gaps({"b1": 9})
+    assert status()["kept_from"] == {"b1": 9}
 
 
 def test_without_a_link_nothing_is_queued(outbox: Outbox) -> None:

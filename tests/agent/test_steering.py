@@ -71,6 +71,25 @@ def test_the_first_acknowledgement_is_remembered(parts: Parts) -> None:
     assert parts.store.value(FOLLOWS_HOST) is True
 
 
+def test_a_host_that_waits_in_vain_is_told_so(parts: Parts) -> None:
+    """Three messages left with their PUBACK, before there was a host that could have had them."""
+    for _ in range(3):
+        sent(parts)
+        parts.outbox.acknowledge({parts.outbox.boot: 99})
+    parts.outbox.acknowledge({})
+    steering = steer(parts)
+
+    async def story() -> None:
+        steering._reporter.presence("online", "started")
+        steering.begin()
+        steering._arrived(Inbound("ew/1/f/d/ack", json.dumps({"committed": {parts.outbox.boot: 0}}).encode()))
+        steering.tick()
+
+    asyncio.run(story())
+    status = json.loads(parts.link._documents["ew/1/f/d/status"])
+    assert (status["state"], status["kept_from"]) == ("online", {parts.outbox.boot: 4})
+
+
 @pytest.mark.parametrize(
     "payload",
     [

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import DiskFull, StateLocked, StateUnreadable
-from agent.store import DATABASE, RESERVE, WAL_LIMIT_BYTES, Row, Store
+from agent.store import DATABASE, MIGRATIONS, RESERVE, WAL_LIMIT_BYTES, Row, Store
 
 OUTBOX_BYTES = 1024 * 1024
 
@@ -121,6 +121,19 @@ def test_flipped_bytes_are_found_before_use(tmp_path: Path, offset: int) -> None
     store = Store(tmp_path, outbox_bytes=OUTBOX_BYTES)
     for found in store.rows(1000):  # set aside, or not touched by the damage
         assert found.body == b"x" * 100
+    store.close()
+
+
+def test_messages_of_an_older_agent_are_kept_and_found_by_their_place(tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / DATABASE) as database:
+        database.executescript(f"{MIGRATIONS[0]}; PRAGMA user_version = 1;")
+        for boot, seq in (("b9", 7), ("b1", 4), ("b1", 3), ("b5", 1)):
+            database.execute("INSERT INTO outbox VALUES (NULL, 'A', ?, ?, 't', '', 1, 0)", (boot, seq))
+    database.close()
+    store = Store(tmp_path, outbox_bytes=OUTBOX_BYTES)
+    assert store.lowest_seqs() == {"b1": 3, "b5": 1, "b9": 7}
+    store.delete_rows([row.id for row in store.rows(9)])
+    assert store.lowest_seqs() == {}
     store.close()
 
 

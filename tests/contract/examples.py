@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from agent.contract import artifact, messages
 
-STATUS = messages.Status(device="gateway-1", boot="b7f3", state="online", reason="started", at=1764000000.25)
+STATUS = messages.Status(
+    device="gateway-1", boot="b7f3", state="online", reason="started", at=1764000000.25, kept_from={"b7f2": 41}
+)
 BIRTH = messages.Birth(
     device="gateway-1",
     boot="b7f3",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import stat
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from agent.clock import wall_s
+from agent.clock import monotonic_s, wall_s
 from agent.contract.repository import FamilyPolicy
+from agent.ota import wire
 from compressor.config import HostConfig
 from compressor.fleet.database import devices, messages, plans
 from compressor.fleet.service import Service
@@ -132,6 +135,55 @@ def test_a_device_enrols_once_and_then_keeps_messages_until_its_host_has_them(
     with host.service.database.reading() as tx:
         assert messages.watermarks(tx, DEVICE)[boot] >= 6
         assert messages.missing(tx, DEVICE) == 0
+
+
+class Gate(ThreadingHTTPServer):
+    """A proxy before the host's enrolment, which says no (503) until it is opened."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(("127.0.0.1", 0), _Forward)
+        self.target, self.is_open = url, threading.Event()
+        threading.Thread(target=self.serve_forever, name="gate", daemon=True).start()
+
+
+class _Forward(BaseHTTPRequestHandler):
+    server: Gate
+
+    def do_POST(self) -> None:  # the name the library asks for
+        body = self.rfile.read(int(self.headers["content-length"]))
+        status, answer = 503, b"{}"
+        if self.server.is_open.is_set():
+            kind = {"Content-Type": "application/json"}
+            until_s = monotonic_s() + 30
+            status, answer = wire.send(
+                "POST", self.server.target, io.BytesIO(body), len(body), headers=kind, until_s=until_s, tls=None
+            )
+        self.send_response(status)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_messages_from_before_the_enrolment_are_not_waited_for_in_vain(
+    agent: Agent, broker: Broker, host: Host
+) -> None:
+    """They left with their PUBACK, and the host refused them from a device it did not know."""
+    configure(agent, broker, host)
+    gate = Gate(f"{host.service.public_url()}/enrol")
+    agent.config.write_text(
+        agent.config.read_text().replace(gate.target, f"http://127.0.0.1:{gate.server_port}/enrol")
+    )
+    agent.start()
+    wait_until(lambda: host.service.ingest.statistics()["refused"] >= 6, "the host refuses a stranger")
+    gate.is_open.set()
+    wait_until(lambda: agent.status()["update"]["enrolment"]["state"] == "enrolled", "it is enrolled")
+    wait_until(lambda: host.committed() >= 8, "the watermark passes what was refused")
+    wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "what is settled is forgotten")
+    gate.shutdown()
+    gate.server_close()
 
 
 def test_a_used_token_is_refused_and_the_device_serves_all_the_same(agent: Agent, broker: Broker, host: Host) -> None:

@@ -1,9 +1,12 @@
-"""Messages of devices: each counts once, however often it arrives; the watermark never passes a gap."""
+"""Messages of devices: each counts once, however often it arrives; the watermark never passes what may still come.
+
+A place in a boot's sequence is settled when its message is here, was refused for good, or was given up by the device.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -38,26 +41,50 @@ def admit(tx: Connection, messages: Sequence[EventSeen | TelemetrySeen], *, now_
 def _admit_boot(
     tx: Connection, device: str, boot: str, group: dict[int, EventSeen | TelemetrySeen], now_s: float
 ) -> list[EventSeen | TelemetrySeen]:
-    known = tx.execute(select(BOOT).where(BOOT.c.device == device, BOOT.c.boot == boot)).first()
-    committed = known.committed if known else FIRST_SEQ - 1
-    seen = _seen(tx, device, boot, list(group))
-    fresh = [group[seq] for seq in sorted(group) if seq > committed and seq not in seen]
+    committed = _begin(tx, device, boot, now_s)
+    fresh = _keep(tx, device, boot, committed, {seq: message.kind for seq, message in group.items()}, now_s)
+    _advance(tx, device, boot, committed, len(fresh), now_s)
+    return [group[seq] for seq in fresh]
+
+
+def settle(tx: Connection, keys: Iterable[Key], *, now_s: float) -> None:
+    """Refused for good, so nobody shall wait for them: the watermark passes their places."""
+    groups: dict[tuple[str, str], dict[int, str]] = defaultdict(dict)
+    for key in keys:
+        groups[key.device, key.boot][key.seq] = "refused"
+    for (device, boot), kinds in groups.items():
+        committed = _begin(tx, device, boot, now_s)
+        _keep(tx, device, boot, committed, kinds, now_s)
+        _advance(tx, device, boot, committed, 0, now_s)
+
+
+def give_up(tx: Connection, device: str, kept_from: Mapping[str, int], *, now_s: float) -> None:
+    """The device says, per boot, that nothing below a number will come any more: the watermark passes the gap."""
+    for boot, seq in kept_from.items():
+        committed = _begin(tx, device, boot, now_s)
+        _advance(tx, device, boot, max(committed, seq - 1), 0, now_s)
+
+
+def _begin(tx: Connection, device: str, boot: str, now_s: float) -> int:
+    """The watermark of a boot, which is made when it is new; one that is too old goes for it."""
+    known = tx.execute(select(BOOT.c.committed).where(BOOT.c.device == device, BOOT.c.boot == boot)).scalar()
     if known is None:
-        fields = {
-            "device": device,
-            "boot": boot,
-            "committed": committed,
-            "highest": 0,
-            "messages": 0,
-            "last_at": now_s,
-        }
-        tx.execute(insert(BOOT).values(fields))
+        start = {"committed": FIRST_SEQ - 1, "highest": 0, "messages": 0, "last_at": now_s}
+        tx.execute(insert(BOOT).values(device=device, boot=boot, **start))
+        _make_room(tx, device, boot)
+    return FIRST_SEQ - 1 if known is None else int(known)
+
+
+def _keep(
+    tx: Connection, device: str, boot: str, committed: int, kinds: Mapping[int, str], now_s: float
+) -> list[int]:
+    """Note the keys that are new; returns them in order. kinds: sequence number -> kind of message."""
+    seen = _seen(tx, device, boot, list(kinds))
+    fresh = [seq for seq in sorted(kinds) if seq > committed and seq not in seen]
     if fresh:
         tx.execute(insert(MESSAGE), [
-            {"device": device, "boot": boot, "seq": message.key.seq, "kind": message.kind, "received_at": now_s}
-            for message in fresh
+            {"device": device, "boot": boot, "seq": seq, "kind": kinds[seq], "received_at": now_s} for seq in fresh
         ])  # fmt: skip
-    _advance(tx, device, boot, committed, len(fresh), now_s)
     return fresh
 
 
@@ -179,8 +206,13 @@ def prune(tx: Connection, device: str) -> int:
         ).scalar()
         if border is not None:
             gone += tx.execute(delete(table).where(table.c.device == device, table.c.id <= border)).rowcount
-    old = select(BOOT.c.boot).where(BOOT.c.device == device).order_by(BOOT.c.last_at.desc()).offset(MAX_BOOTS)
-    for boot in list(tx.execute(old.limit(CHUNK)).scalars()):
-        tx.execute(delete(MESSAGE).where(MESSAGE.c.device == device, MESSAGE.c.boot == boot))
-        gone += tx.execute(delete(BOOT).where(BOOT.c.device == device, BOOT.c.boot == boot)).rowcount
     return gone
+
+
+def _make_room(tx: Connection, device: str, boot: str) -> None:
+    """Forget the oldest boots beside this one."""
+    others = (BOOT.c.device == device) & (BOOT.c.boot != boot)
+    old = select(BOOT.c.boot).where(others).order_by(BOOT.c.last_at.desc()).offset(MAX_BOOTS - 1)
+    for name in list(tx.execute(old.limit(CHUNK)).scalars()):
+        tx.execute(delete(MESSAGE).where(MESSAGE.c.device == device, MESSAGE.c.boot == name))
+        tx.execute(delete(BOOT).where(BOOT.c.device == device, BOOT.c.boot == name))

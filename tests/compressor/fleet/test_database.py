@@ -7,10 +7,15 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from sqlalchemy import func, select
 
 from agent.contract.errors import DiskFull, StateLocked, StateUnreadable
+from agent.outbox import Outbox, Priority
+from agent.store import Store
 from compressor.fleet.database import Database, devices, messages, plans, timeline
+from compressor.fleet.database.tables import BOOT, MESSAGE
 from compressor.fleet.inbox import EventSeen, Key, TelemetrySeen
 
 NOW = 1_764_000_000.0
@@ -67,6 +72,77 @@ def test_the_watermark_never_passes_a_gap(database: Database) -> None:
         assert (messages.watermarks(tx, "w1"), messages.missing(tx, "w1")) == ({"b1": 5}, 0)
 
 
+def test_what_was_refused_or_given_up_by_its_device_is_waited_for_no_longer(database: Database) -> None:
+    with database.writing() as tx:
+        messages.admit(tx, [event(seq) for seq in (1, 4, 5, 9)], now_s=NOW)
+        messages.settle(tx, [Key("w1", "b1", 2), Key("w1", "b1", 2), Key("w2", "b1", 1)], now_s=NOW)
+        assert (messages.watermarks(tx, "w1"), messages.watermarks(tx, "w2")) == ({"b1": 2}, {"b1": 1})
+        assert messages.missing(tx, "w1") == 4
+        messages.give_up(tx, "w1", {"b1": 4, "b0": 7}, now_s=NOW)
+        assert messages.watermarks(tx, "w1") == {"b1": 5, "b0": 6}
+        messages.give_up(tx, "w1", {"b1": 2, "b0": 1}, now_s=NOW)  # an old word moves nothing back
+        assert messages.watermarks(tx, "w1") == {"b1": 5, "b0": 6}
+        assert messages.admit(tx, [event(2), event(6), event(7, boot="b0")], now_s=NOW) == [
+            Key("w1", "b1", 6), Key("w1", "b0", 7),
+        ]  # fmt: skip
+        counted = select(BOOT.c.messages).where(BOOT.c.device == "w1", BOOT.c.boot == "b1")
+        assert tx.execute(counted).scalar_one() == 5  # refused ones are none
+
+
+def test_a_device_that_invents_boots_and_places_occupies_bounded_room(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(messages, "MAX_BOOTS", 3)
+    monkeypatch.setattr(messages, "MAX_AHEAD", 10)
+    with database.writing() as tx:
+        messages.admit(tx, [event(1, device="w2")], now_s=NOW)
+        for boot in range(20):  # its clock runs backwards
+            messages.settle(tx, [Key("w1", f"r{boot}", seq) for seq in range(2, 40)], now_s=NOW - boot)
+            messages.give_up(tx, "w1", {f"g{boot}": 2**53}, now_s=NOW - boot)
+        assert len(messages.watermarks(tx, "w1")) == 3
+        assert tx.execute(select(func.count()).select_from(MESSAGE)).scalar_one() <= 3 * 10
+        assert messages.watermarks(tx, "w2") == {"b1": 1}
+        assert messages.admit(tx, [event(1, boot="new")], now_s=NOW - 99) == [Key("w1", "new", 1)]
+        assert messages.watermarks(tx, "w1")["new"] == 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_a_device_drops_and_a_host_refuses_everything_is_settled_in_the_end(
+    database: Database, tmp_path: Path, seed: int
+) -> None:
+    """The device's own outbox against the host's own tables: nothing kept is lost, nothing settled stays."""
+    luck = np.random.default_rng(seed)
+    store = Store(tmp_path / "device", outbox_bytes=64 * 1024)
+    outbox = Outbox(store, boot="b1", max_bytes=64 * 1024, max_age_s=1000.0)
+    outbox.follow_host()
+    kept: set[int] = set()
+    for _ in range(120):
+        seq = outbox.put(Priority.ALARM if luck.random() < 0.5 else Priority.TELEMETRY, "t", bytes, at=0.0)
+        if luck.random() < 0.3:
+            outbox.refuse(next(row for row in store.rows(1000) if row.seq == seq))  # such as too large for the broker
+        else:
+            kept.add(seq)
+    rounds = 0
+    while outbox.statistics()["rows"]:
+        rounds += 1
+        assert rounds < 120
+        rows = outbox.take(int(luck.integers(1, 40)), skip_ids=(), skip_topics=(), now=1.0)
+        with database.writing() as tx:
+            for row in rows:
+                outbox.settle(row)
+                if luck.random() < 0.1:
+                    messages.settle(tx, [Key("w1", "b1", row.seq)], now_s=NOW)
+                    kept.discard(row.seq)
+                else:
+                    messages.admit(tx, [event(row.seq)], now_s=NOW)
+            messages.give_up(tx, "w1", outbox.gaps(), now_s=NOW)
+            marks = messages.watermarks(tx, "w1")
+        outbox.acknowledge(marks)
+    with database.reading() as tx:
+        assert {row.seq for row in messages.events(tx, limit=1000)} == kept
+    store.close()
+
+
 def test_boots_and_devices_count_on_their_own(database: Database) -> None:
     with database.writing() as tx:
         messages.admit(tx, [event(1), event(1, boot="b2"), event(1, device="w2")], now_s=NOW)
@@ -91,7 +167,7 @@ def test_a_device_occupies_a_bounded_number_of_rows(database: Database, monkeypa
         for boot in range(6):
             messages.admit(tx, [event(1, boot=f"b{boot}"), event(2, boot=f"b{boot}")], now_s=NOW + boot)
         messages.admit(tx, [event(1, device="w2")], now_s=NOW)
-        assert messages.prune(tx, "w1") == 7 + 3
+        assert messages.prune(tx, "w1") == 7
         assert [row.boot for row in messages.events(tx, device="w1")] == ["b5", "b5", "b4", "b4", "b3"]
         assert messages.watermarks(tx, "w1") == {"b5": 2, "b4": 2, "b3": 2}
         assert len(messages.events(tx, device="w2")) == 1

@@ -204,3 +204,54 @@ def test_golden_messages_of_the_contract_are_understood() -> None:
     for name, topic in topics.items():
         seen = read(f"ew/1/demo/gateway-1/{topic}", (golden / f"{name}.json").read_bytes(), known, now_s=NOW)
         assert not isinstance(seen, Refused), (name, seen)
+
+
+@pytest.mark.parametrize(
+    ("document", "place"),
+    [
+        (event(severity="loud"), ("wrist-1", "b7f3", 13)),
+        (event(device="wrist-2"), ("wrist-1", "b7f3", 13)),  # its sender's place, whoever it speaks for
+        (event(v=2), ("wrist-1", "b7f3", 13)),
+        (event(text="x" * 300_000), ("wrist-1", "b7f3", 13)),
+        (event(seq=0), None),
+        (event(seq=2**60), None),
+        (event(seq="13", text=1), None),
+        (event(boot="../../etc"), None),
+        (b"[" * 100_000, None),
+        (b'{"seq": 1, "boot": "b7f3"', None),
+        (b'{"boot": "b7f3", "seq": ' + b"9" * 5000 + b"}", None),
+        (b"\xff\xfe", None),
+        ([], None),
+    ],
+)
+def test_a_refused_message_says_where_it_stood_if_it_can(document: Any, place: tuple[str, str, int] | None) -> None:
+    refused = ask(f"{BASE}/ev/warning/drift", document)
+    assert isinstance(refused, Refused)
+    key = refused.key
+    assert (key if key is None else (key.device, key.boot, key.seq)) == place
+
+
+def test_what_is_over_the_quota_is_settled_too_and_retained_documents_have_no_place() -> None:
+    full = roster(quota=1)
+    read(f"{BASE}/tm", json.dumps(telemetry()).encode(), full, now_s=NOW)
+    refused = read(f"{BASE}/tm", json.dumps(telemetry()).encode(), full, now_s=NOW)
+    assert isinstance(refused, Refused)
+    assert (refused.code, refused.key and refused.key.seq) == ("quota", 12)
+    refused = ask(f"{BASE}/reported", {"device": "wrist-1", "boot": "b7f3", "seq": 4, "at": NOW, "attempt": -1})
+    assert isinstance(refused, Refused)
+    assert refused.key is None
+    refused = ask(f"{BASE}/tm", telemetry(), known=lambda _: False)
+    assert isinstance(refused, Refused)
+    assert refused.key is None
+
+
+@pytest.mark.parametrize(
+    "kept_from",
+    [{"b": 0}, {"b": -1}, {"b": 2**53 + 1}, {"b" * 65: 2}, {"": 2}, {str(n): 2 for n in range(17)}, {"b": "x"}, [1]],
+)
+def test_places_given_up_are_bounded(kept_from: Any) -> None:
+    status = {"device": "wrist-1", "boot": "b7f3", "state": "online", "at": NOW}
+    assert code(f"{BASE}/status", status | {"kept_from": kept_from}) in {"out_of_bounds", "malformed"}
+    seen = ask(f"{BASE}/status", status | {"kept_from": {"b7f2": 41}})
+    assert isinstance(seen, StatusSeen)
+    assert seen.kept_from == {"b7f2": 41}

@@ -112,6 +112,20 @@ def test_hostile_messages_are_counted_acknowledged_and_harm_nobody(host: Host, d
     assert host.ingest.statistics()["refused"] == 3
 
 
+def test_what_is_refused_or_was_dropped_holds_up_no_watermark(host: Host, device: Maker) -> None:
+    w1 = device("w1")
+    w1.event(1, boot="b7")
+    w1.event(2, boot="b7", severity="not a severity")
+    w1.event(3, boot="b7", numbers={"x": "not a number"})
+    w1.send("tm", {"v": 9, "device": "w1", "boot": "b7", "seq": 4})
+    w1.event(5, boot="b7")
+    w1.event(9, boot="b7")
+    wait_until(lambda: marks(w1.next("ack")).get("b7") == 5)
+    w1.send("status", {"device": "w1", "boot": "b7", "state": "online", "at": 1.0, "kept_from": {"b7": 9, "b6": 41}})
+    wait_until(lambda: {"b7": 9, "b6": 40}.items() <= marks(w1.next("ack")).items())
+    assert host.seqs("w1", "b7") == [1, 5, 9]
+
+
 def test_a_device_that_repeats_itself_is_counted_once(host: Host, device: Maker) -> None:
     w3 = device("w3")
     for seq in (1, 1, 2, 1, 2):
