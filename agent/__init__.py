@@ -8,7 +8,8 @@ Map of the package, top to bottom (imports only ever point downward):
     serving | monitor           one request; one stream of observations
     lineup guard outbox sensors warm engines; input checks; store-and-forward; meters
     client channel              thin client; agent <-> worker frames
-    engine drift sketch decisions store metrics journal observation config
+    engine drift decisions store metrics journal observation config
+    tally sketch                exact counts; quantiles of latencies
     contract clock              what device and host promise each other; time
 
 The agent process never imports onnxruntime; the worker never imports pydantic, paho, tuf, psutil

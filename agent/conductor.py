@@ -18,7 +18,7 @@ import numpy as np
 
 from agent import VERSION
 from agent.blueprint import Blueprint
-from agent.clock import monotonic_s, wall_s
+from agent.clock import monotonic_ns, monotonic_s, wall_s
 from agent.contract.errors import StorageError
 from agent.contract.plan import EngineTrouble, FromWorker, Ready, ServicePlan
 from agent.decisions.events import (
@@ -206,10 +206,13 @@ class Conductor:
             self._read_once()
 
     def _read_once(self) -> None:
-        records, gaps = self._parts.intake.read()
+        records, gaps = self._parts.intake.read(monotonic_ns())
+        tallies = self._parts.intake.take_tallies()
+        for monitor in self._parts.monitors.values():
+            monitor.count(tallies)
         for part in self.clock.slices(records):
             for monitor in self._parts.monitors.values():
-                self._handle_all(monitor.observe(part, gaps=gaps))
+                self._handle_all(monitor.observe(part, gaps=gaps, counted=True))
             gaps = 0
 
     def tick(self) -> None:

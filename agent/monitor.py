@@ -1,6 +1,7 @@
 """From observations to alarms: what one service's requests say about its engines, latency, sensors and world.
 
     monitor = Monitor(MonitorPlan(service="wrist", index=0, engines=(...), channels=(...), groups={...}), reference)
+    monitor.count(intake.take_tallies())           # exact counts; without them observe counts the records
     events = monitor.observe(records, gaps=3)      # a batch from RingReader.read(); -> Supervisor.handle, in order
     monitor.restart_windows("wrist-accel")         # on a RestartWindows command
     part = monitor.take_window()                   # counters, latency sketches, drift windows since the last call
@@ -18,7 +19,7 @@ Holds no I/O and no clock; leaves all decisions to `agent.decisions`. Mutable, o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Final
@@ -42,7 +43,8 @@ from agent.drift import Finding, FixedPoint, GuardCounters, MomentWindow, Refere
 from agent.drift.counters import HISTORY_ROWS
 from agent.drift.thinning import Allowance, Repetition
 from agent.observation import NO_ENGINE, Outcome
-from agent.sketch import DEFAULT_RELATIVE_ERROR, LogSketch
+from agent.sketch import LogSketch
+from agent.tally import ANSWERED, Tally, add_latencies
 
 Records = NDArray[Any]
 """One-dimensional array of dtype `observation.RECORD`."""
@@ -69,7 +71,6 @@ BITS: Final = {
 """GuardCounters' argument -> the record's field."""
 JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED})
 """Outcomes whose input a guard has seen."""
-ANSWERED: Final = (Outcome.OK, Outcome.FAILED_OVER, Outcome.FLOOR)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,6 @@ class MonitorPlan:
     classes: int = 0
     view: str = ""
     latency_p95_us: float = 0.0
-    relative_error: float = DEFAULT_RELATIVE_ERROR
 
 
 class Monitor:
@@ -104,19 +104,29 @@ class Monitor:
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
         self._drift_rows = Allowance(DRIFT_ROWS_PER_S, DRIFT_ROWS_AT_ONCE)
         self._totals: Counter[str] = Counter()
-        self._lifetime = {engine: LogSketch(plan.relative_error) for engine in plan.engines}
+        self._lifetime = {engine: LogSketch() for engine in plan.engines}
         self._start_window()
 
     # --- observations ---
-    def observe(self, records: Records, *, gaps: int = 0) -> list[Event]:
-        """Take in one batch, oldest first. `gaps`: records lost before or within it."""
+    def count(self, tallies: Iterable[tuple[int, Tally]]) -> None:
+        """Take in exact counts, by number of the service. Where there are any, records are not counted."""
+        for service, tally in tallies:
+            if service == self._plan.index:
+                self._count_tally(tally)
+
+    def observe(self, records: Records, *, gaps: int = 0, counted: bool = False) -> list[Event]:
+        """Take in one batch, oldest first. `gaps`: records lost or left out before or within it.
+
+        `counted`: these requests are, or will be, counted by `count`.
+        """
         self._count("gaps", gaps)
         records = records[records["service"] == self._plan.index]
         if not len(records):
             return []
         requests = records[records["row"] == 0]
-        self._count_outcomes(records, requests)
-        self._measure(requests)
+        if not counted:
+            self._count_requests(requests)
+        self._count_bits(records)
         judged = records[np.isin(records["outcome"], JUDGED)]
         return [
             *self._engine_events(requests),
@@ -177,7 +187,7 @@ class Monitor:
     # --- counting ---
     def _start_window(self) -> None:
         self._counters: Counter[str] = Counter()
-        self._window = {engine: LogSketch(self._plan.relative_error) for engine in self._plan.engines}
+        self._window = {engine: LogSketch() for engine in self._plan.engines}
         self._moments = MomentWindow.empty(self._fixed, classes=self._plan.classes) if self._fixed else None
         self._span: tuple[int, int] | None = None
 
@@ -186,15 +196,22 @@ class Monitor:
             self._counters[name] += count
             self._totals[name] += count
 
-    def _count_outcomes(self, records: Records, requests: Records) -> None:
+    def _count_tally(self, tally: Tally) -> None:
+        by_outcome = tally.by_outcome()
+        self._count("requests", sum(by_outcome))
+        self._count("rows", tally.rows)
+        for outcome in Outcome:
+            self._count(OUTCOME_COUNTERS[outcome], by_outcome[outcome])
+        for number, cell in tally.answered().items():
+            if number < len(self._plan.engines):
+                for sketches in (self._window, self._lifetime):
+                    add_latencies(sketches[self._plan.engines[number]], cell)
+
+    def _count_requests(self, requests: Records) -> None:
         self._count("requests", len(requests))
         self._count("rows", int(requests["rows"].astype(np.int64).sum()))
         for value, count in zip(*np.unique(requests["outcome"], return_counts=True), strict=True):
             self._count(OUTCOME_COUNTERS[Outcome(int(value))], int(count))
-        for name, bits in BITS.items():
-            self._count(f"rows_{name}", int(np.count_nonzero(records[bits])))
-
-    def _measure(self, requests: Records) -> None:
         answered = requests[np.isin(requests["outcome"], ANSWERED)]
         for number, engine in enumerate(self._plan.engines):
             latencies = answered["latency_us"][answered["engine"] == number]
@@ -202,6 +219,10 @@ class Monitor:
             if len(latencies):
                 self._window[engine].add_many(latencies)
                 self._lifetime[engine].add_many(latencies)
+
+    def _count_bits(self, records: Records) -> None:
+        for name, bits in BITS.items():
+            self._count(f"rows_{name}", int(np.count_nonzero(records[bits])))
 
     # --- engines ---
     def _engine_events(self, requests: Records) -> Iterator[Event]:

@@ -29,6 +29,9 @@ from agent.contract.errors import MalformedMessage
 LOWEST_US = 1.0  # finer than any clock reading around a request
 HIGHEST_US = 3.6e9  # one hour: longer than any deadline a request may have
 DEFAULT_RELATIVE_ERROR = 0.02  # a budget is judged in steps of 5 % and more; one hour then needs about 550 buckets
+BUCKETS_PER_E = 1.0 / math.log((1.0 + DEFAULT_RELATIVE_ERROR) / (1.0 - DEFAULT_RELATIVE_ERROR))
+BUCKETS = math.ceil(math.log(HIGHEST_US) * BUCKETS_PER_E) + 1
+"""Of a sketch of the default accuracy: for who counts by bucket elsewhere, see `add_buckets`."""
 
 
 class LogSketch:
@@ -70,6 +73,20 @@ class LogSketch:
             self.buckets[bucket] = self.buckets.get(bucket, 0) + count
         total_us = int(np.rint(values).astype(np.int64).sum())
         self._extend(math.floor(values.min()), math.ceil(values.max()), values.size, total_us)
+
+    def add_buckets(self, counts: NDArray[np.int64], *, total_us: int) -> None:
+        """Add counts by bucket number, made elsewhere with this sketch's accuracy; `total_us`: the exact sum.
+
+        Smallest and largest are then known to the bucket only.
+        """
+        filled = np.flatnonzero(counts)
+        if not len(filled):
+            return
+        for bucket, count in zip(filled.tolist(), counts[filled].tolist(), strict=True):
+            self.buckets[bucket] = self.buckets.get(bucket, 0) + count
+        lowest_us = math.exp((int(filled[0]) - 1) * self._log_gamma) if filled[0] else 0.0
+        highest_us = math.exp(int(filled[-1]) * self._log_gamma)
+        self._extend(math.floor(lowest_us), math.ceil(highest_us), int(counts.sum()), total_us)
 
     def merge(self, other: LogSketch) -> None:
         """Add another sketch's counts. Raises: ValueError when the relative errors differ."""

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from agent.contract.plan import WorkerPlan
-from agent.intake import Intake
-from agent.observation import NO_ENGINE, Observation, RingWriter
+from agent.intake import RECORDS_PER_S, SAVED_RECORDS, Intake
+from agent.monitor import Monitor, MonitorPlan
+from agent.observation import NO_ENGINE, Observation, Outcome, RingWriter
 from tests.models import engine_plan, floor_plan, service_plan
 
 LINEUP = ("wrist", "wrist-accel", "wrist-floor")
@@ -30,7 +31,7 @@ def test_overlapping_generations_are_numbered_in_one_sequence(plans) -> None:
     assert records["sequence"].tolist() == [0, 1, 2]
     assert gaps == 0
     new.write(Observation(arrival_ns=2))
-    assert intake.statistics() == {"read": 3, "gaps": 0, "behind": 1, "rings": 2}
+    assert intake.statistics() == {"read": 3, "gaps": 0, "skipped": 0, "behind": 1, "rings": 2}
     assert intake.read()[0]["sequence"].tolist() == [3]
     for writer in (old, new):
         writer.close()
@@ -103,4 +104,45 @@ def test_what_a_replaced_engine_still_answers_counts_as_answered_by_none(plans, 
     assert records["first_engine"].tolist() == [NO_ENGINE, NO_ENGINE, 0, 0]
     for writer in (old, new):
         writer.close()
+    intake.close_all()
+
+
+def test_above_the_budget_the_oldest_records_are_left_out_and_every_request_is_counted(plans) -> None:
+    intake = Intake([LINEUP], slots=4096)
+    writer = RingWriter(intake.open(plans(1, ("wrist-accel", "wrist-floor"))))
+    monitor = Monitor(MonitorPlan("wrist", 0, LINEUP))
+    read = lost = number = 0
+    for beat in range(40):  # 1000 records every 50 ms: 20,000 a second
+        for _ in range(1000):
+            number += 1
+            writer.write(Observation(arrival_ns=number, engine=0, first_engine=0, latency_us=50.0, rows=2))
+        for _ in range(intake.reads_behind()):
+            records, gaps = intake.read(beat * 50_000_000)
+            monitor.count(intake.take_tallies())
+            monitor.observe(records, gaps=gaps, counted=True)
+            assert len(records) == 0 or records["arrival_ns"][-1] == number  # the newest are read
+            read, lost = read + len(records), lost + gaps
+    assert read == pytest.approx(SAVED_RECORDS + RECORDS_PER_S * 39 * 0.05, abs=1)
+    assert read + lost == number
+    assert intake.statistics()["skipped"] == lost
+    assert monitor.statistics()["counters"] == {"requests": 40_000, "rows": 80_000, "ok": 40_000, "gaps": lost}
+    latency = monitor.statistics()["latency"]["wrist-accel"]
+    assert (latency["count"], latency["total_us"]) == (40_000, 2_000_000)
+    assert latency["p50_us"] == pytest.approx(50.0, rel=0.02)
+    writer.close()
+    intake.close_all()
+
+
+def test_requests_of_a_worker_that_ended_are_counted_to_the_last(plans) -> None:
+    intake = Intake([LINEUP], slots=16)
+    writer = RingWriter(intake.open(plans(1, LINEUP)))
+    for _ in range(100):
+        writer.write(Observation(arrival_ns=1, engine=2, outcome=Outcome.FLOOR))
+    writer.close()
+    intake.close(1)
+    for _ in range(intake.reads_behind()):
+        intake.read()
+    [(service, tally)] = intake.take_tallies()
+    assert (service, tally.by_outcome()[Outcome.FLOOR]) == (0, 100)
+    assert intake.take_tallies() == []
     intake.close_all()

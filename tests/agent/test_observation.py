@@ -10,7 +10,19 @@ import numpy as np
 import pytest
 
 from agent.contract.errors import MalformedMessage
-from agent.observation import MAX_SLOTS, RECORD, Observation, Outcome, RingReader, RingWriter, create_ring
+from agent.observation import (
+    LABEL_WIDTH,
+    MAX_SLOTS,
+    NO_ENGINE,
+    RECORD,
+    VIEW_WIDTH,
+    Observation,
+    Outcome,
+    RingReader,
+    RingWriter,
+    create_ring,
+)
+from agent.tally import Tally
 
 
 @pytest.fixture
@@ -18,6 +30,12 @@ def fd() -> Iterator[int]:
     ring = create_ring(slots=8)
     yield ring
     os.close(ring)
+
+
+def slot_at(fd: int, slot: int) -> int:
+    """Where a slot of an 8-slot ring begins."""
+    slot_bytes = int.from_bytes(os.pread(fd, 4, 16), "little")
+    return os.fstat(fd).st_size - 8 * 4 - (8 - slot) * slot_bytes  # checksums are at the end
 
 
 def test_a_record_arrives_as_it_was_written(fd: int) -> None:
@@ -40,6 +58,57 @@ def test_a_record_arrives_as_it_was_written(fd: int) -> None:
     assert record["view"].tolist() == [0.5, 1.5, 2.5] + [0.0] * 61
 
 
+def test_class_confidence_and_entropy_are_made_of_the_raw_label_row(fd: int) -> None:
+    writer = RingWriter(fd)
+    view = np.array([7.0, 8.0], "<f4")
+    for row in ([0.1, 0.7, 0.2], [0.5, 0.5, 0.0], [3.0, -1.0, 3.5], [0.2, 0.2, 0.2]):
+        writer.write(
+            Observation(1, label=np.array(row, "<f4").tobytes(), view_width=2, view=view.tobytes(), range_bits=5)
+        )
+    writer.write(Observation(1))
+    records = RingReader(fd).read()
+    assert records["predicted"].tolist() == [1, 0, 2, 0, -1]
+    np.testing.assert_allclose(records["confidence"], [0.7, 0.5, 3.5, 0.2, np.nan], rtol=1e-6)
+    expected = [-(0.1 * math.log(0.1) + 0.7 * math.log(0.7) + 0.2 * math.log(0.2)), math.log(2.0)]
+    np.testing.assert_allclose(records["entropy"], [*expected, np.nan, np.nan, np.nan], rtol=1e-6)
+    assert records["range_bits"].tolist() == [5, 5, 5, 5, 0]
+    assert records["view"][:, :3].tolist() == [[7.0, 8.0, 0.0]] * 4 + [[0.0] * 3]
+
+
+@pytest.mark.parametrize("classes", [1, 3, LABEL_WIDTH])
+def test_a_quick_request_is_recorded_and_counted_like_any_other(fd: int, classes: int) -> None:
+    writer, reader = RingWriter(fd), RingReader(fd)
+    label, view = np.full(classes, 1 / classes, "<f4"), np.arange(VIEW_WIDTH, dtype="<f4")
+    observe = writer.observer(
+        service=1, engine=2, first=0, outcome=Outcome.FAILED_OVER, label_width=classes, view_width=VIEW_WIDTH
+    )
+    observe(5, 7_600, 12.25, label.tobytes() + view.tobytes())
+    writer.write(Observation(5, latency_us=7.6, service=1, engine=2, outcome=Outcome.FAILED_OVER, rows=3))
+    record, _ = reader.read()
+    expected = {
+        "sequence": 0, "arrival_ns": 5, "data_time_s": 12.25, "queue_us": 0.0, "service": 1, "engine": 2,
+        "first_engine": 0, "outcome": 1, "row": 0, "rows": 1, "predicted": 0, "dead_bits": 0, "view_width": 64,
+    }  # fmt: skip
+    assert {name: record[name].item() for name in expected} == expected
+    assert record["latency_us"] == pytest.approx(7.6)
+    assert record["entropy"] == pytest.approx(math.log(classes), abs=1e-6)
+    assert record["view"].tolist() == view.tolist()
+    tally = Tally(reader.totals()[1], (0, 1, 2, 3, 4, 5, 6, 7, NO_ENGINE))
+    assert tally.by_outcome() == [0, 2, 0, 0, 0, 0, 0]
+    assert tally.rows == 4
+    assert list(tally.answered()) == [2]
+
+
+def test_skipped_records_are_counted_apart_from_lost_ones(fd: int) -> None:
+    writer, reader = RingWriter(fd), RingReader(fd)
+    for number in range(6):
+        writer.write(Observation(arrival_ns=number))
+    assert reader.skip(2) == 4
+    assert reader.skip(2) == 0
+    assert reader.read()["arrival_ns"].tolist() == [4, 5]
+    assert reader.statistics() == {"read": 2, "gaps": 0, "skipped": 4, "behind": 0}
+
+
 def test_what_is_not_given_reads_as_unknown(fd: int) -> None:
     RingWriter(fd).write(Observation(arrival_ns=1))
     [record] = RingReader(fd).read()
@@ -53,7 +122,7 @@ def test_records_are_read_once_and_in_order(fd: int) -> None:
     for number in range(5):
         writer.write(Observation(arrival_ns=number))
     assert reader.read(limit=3)["arrival_ns"].tolist() == [0, 1, 2]
-    assert reader.statistics() == {"read": 3, "gaps": 0, "behind": 2}
+    assert reader.statistics() == {"read": 3, "gaps": 0, "skipped": 0, "behind": 2}
     assert reader.read()["arrival_ns"].tolist() == [3, 4]
     assert len(reader.read()) == 0
     assert reader.read().dtype == RECORD
@@ -64,7 +133,7 @@ def test_overwritten_records_are_a_counted_gap(fd: int) -> None:
     for number in range(20):
         writer.write(Observation(arrival_ns=number))
     assert reader.read()["sequence"].tolist() == list(range(12, 20))
-    assert reader.statistics() == {"read": 8, "gaps": 12, "behind": 0}
+    assert reader.statistics() == {"read": 8, "gaps": 12, "skipped": 0, "behind": 0}
 
 
 def test_a_new_generation_continues_the_sequence(fd: int) -> None:
@@ -83,7 +152,8 @@ def test_a_write_cut_short_by_a_crash_is_never_read(fd: int) -> None:
     writer, reader = RingWriter(fd), RingReader(fd)
     writer.write(Observation(arrival_ns=1))
     memory = mmap.mmap(fd, 0)
-    memory[64 + 352 : 64 + 352 + 100] = b"x" * 100  # slot 1 half written, never published
+    at = slot_at(fd, 1)
+    memory[at : at + 50] = b"x" * 50  # half written, never published
     assert reader.read()["arrival_ns"].tolist() == [1]
     RingWriter(fd).write(Observation(arrival_ns=2))
     assert reader.read()["arrival_ns"].tolist() == [2]
@@ -95,10 +165,10 @@ def test_a_damaged_record_is_a_gap_and_not_a_record(fd: int) -> None:
     for number in range(3):
         writer.write(Observation(arrival_ns=number))
     memory = mmap.mmap(fd, 0)
-    memory[64 + 352 + 50] ^= 1
+    memory[slot_at(fd, 1) + 30] ^= 1
     memory.close()
     assert reader.read()["arrival_ns"].tolist() == [0, 2]
-    assert reader.statistics() == {"read": 2, "gaps": 1, "behind": 0}
+    assert reader.statistics() == {"read": 2, "gaps": 1, "skipped": 0, "behind": 0}
 
 
 def test_a_reader_beside_a_fast_writer_sees_whole_records_and_every_loss(fd: int) -> None:

@@ -1,0 +1,113 @@
+"""Exact counts of a worker's requests, in memory it shares with the agent process.
+
+One number per (service, engine that answered, outcome, latency bucket), and two sums; the buckets are those of
+`sketch.LogSketch`. Requests, answers, errors and latencies all follow from them, so that the reader may skip records
+under load and a worker may die at any moment.
+
+Numbers here, no memory and no process: what is counted, and when, is `observation`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agent.sketch import BUCKETS, BUCKETS_PER_E, LOWEST_US, LogSketch
+
+NO_ENGINE = 255
+
+
+class Outcome(IntEnum):
+    OK = 0
+    FAILED_OVER = 1  # answered, but not by the engine tried first
+    FLOOR = 2  # the declared constant answered
+    REFUSED_BY_GUARD = 3
+    OVERLOADED = 4
+    DEADLINE = 5
+    ERROR = 6  # no engine could answer, or only a floor that is configured to refuse
+
+
+ANSWERED = (Outcome.OK, Outcome.FAILED_OVER, Outcome.FLOOR)
+TOTAL_NS = BUCKETS  # of all latencies of a cell
+MORE_ROWS = BUCKETS + 1  # rows beyond the first of each request
+CELL = BUCKETS + 2
+
+
+@dataclass(frozen=True, slots=True)
+class Requests:
+    """What is counted, one element per request. `more_rows`: rows beyond the first."""
+
+    service: NDArray[Any]
+    engine: NDArray[Any]
+    outcome: NDArray[Any]
+    elapsed_ns: NDArray[Any]
+    more_rows: NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which services and engines have a place. `engines`: the most that one service has."""
+
+    services: int
+    engines: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(services, engines and one row for none, outcomes, numbers of a cell)"""
+        return self.services, self.engines + 1, len(Outcome), CELL
+
+    @property
+    def size_bytes(self) -> int:
+        return 8 * math.prod(self.shape)
+
+    def add(self, numbers: NDArray[np.int64], requests: Requests) -> None:
+        """Count requests into `numbers`, an array of `shape`. Those of a service without a place are left out; an
+        engine without one counts as none.
+        """
+        placed = requests.service < self.services
+        elapsed_ns = requests.elapsed_ns[placed].astype(np.int64)
+        engine = np.minimum(requests.engine[placed].astype(np.intp), self.engines)
+        outcome = np.minimum(requests.outcome[placed], len(Outcome) - 1)
+        cell = requests.service[placed].astype(np.intp) * (self.engines + 1) + engine
+        cell = (cell * len(Outcome) + outcome) * CELL
+        latency_us = np.maximum(elapsed_ns / 1e3, LOWEST_US)
+        buckets = np.minimum(np.ceil(np.log(latency_us) * BUCKETS_PER_E).astype(np.intp), BUCKETS - 1)
+        flat = numbers.reshape(-1)
+        np.add.at(flat, cell + buckets, 1)
+        np.add.at(flat, cell + TOTAL_NS, elapsed_ns)
+        np.add.at(flat, cell + MORE_ROWS, requests.more_rows[placed].astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Counts of one service. `numbers` (engines, outcomes, CELL), int64; `engines`: whose row is whose."""
+
+    numbers: NDArray[np.int64]
+    engines: Sequence[int]
+
+    def by_outcome(self) -> list[int]:
+        """Requests by outcome, in the order of Outcome."""
+        counts: list[int] = self.numbers[:, :, :BUCKETS].sum(axis=(0, 2)).tolist()
+        return counts
+
+    @property
+    def rows(self) -> int:
+        """Of all requests."""
+        return sum(self.by_outcome()) + int(self.numbers[:, :, MORE_ROWS].sum())
+
+    def answered(self) -> dict[int, NDArray[np.int64]]:
+        """Engine -> the sum of its cells over all outcomes that are answers; engines with none are left out."""
+        cells = self.numbers[:, ANSWERED, :].sum(axis=1)
+        pairs = zip(self.engines, cells, strict=True)
+        return {number: cell for number, cell in pairs if number != NO_ENGINE and cell.any()}
+
+
+def add_latencies(sketch: LogSketch, cell: NDArray[np.int64]) -> None:
+    """Take the latencies of a cell into a sketch of the default accuracy; exact but for smallest and largest."""
+    sketch.add_buckets(cell[:BUCKETS], total_us=round(int(cell[TOTAL_NS]) / 1e3))
