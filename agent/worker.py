@@ -61,6 +61,7 @@ class Worker:
         self._listeners = listeners
         self._plan: WorkerPlan | None = None
         self._serving: Serving | None = None
+        self._api: OpenInference | None = None
         self._server: Server | None = None
         self._trouble_timer: asyncio.TimerHandle | None = None
         self._leaving: asyncio.Future[None] | None = None
@@ -108,6 +109,8 @@ class Worker:
         }
         if self._serving is not None:
             numbers |= self._serving.statistics()
+        if self._api is not None:
+            numbers |= self._api.streams.statistics()
         if self._server is not None:
             numbers |= self._server.statistics()
         return numbers
@@ -140,7 +143,8 @@ class Worker:
         if self._server is not None:
             return
         limit = body_limit(self._serving.services.values(), self._plan.max_body_bytes)
-        self._server = Server(OpenInference(self._serving).handle, max_body_bytes=limit)
+        self._api = OpenInference(self._serving)
+        self._server = Server(self._api.handle, max_body_bytes=limit)
         for listener in self._listeners:
             self._server.listen(listener)
 

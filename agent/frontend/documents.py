@@ -101,6 +101,15 @@ def number(parameters: dict[str, Any], name: str) -> float | None:
     return float(value)
 
 
+def deadline_ms(parameters: dict[str, Any]) -> float | None:
+    """When an answer is of no use any more, by our or Triton's parameter; None = not given."""
+    given_ms = number(parameters, "ew_deadline_ms")
+    if given_ms is not None:
+        return given_ms
+    timeout_us = number(parameters, "timeout")
+    return timeout_us / 1e3 if timeout_us else None
+
+
 def binary_names(document: InferDocument) -> Callable[[str], bool]:
     """Which outputs travel as binary data: each one's own wish, else the request's."""
     everything = document.parameters.get("binary_data_output") is True

@@ -24,6 +24,7 @@ from agent.frontend.documents import (
     InferDocument,
     answer_response,
     binary_names,
+    deadline_ms,
     document_response,
     failure,
     number,
@@ -32,6 +33,7 @@ from agent.frontend.documents import (
     read_document,
 )
 from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, error_response
+from agent.frontend.streams import StreamRoute
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
@@ -50,6 +52,7 @@ class OpenInference:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
+        self.streams = StreamRoute(serving)
 
     def handle(self, request: HttpRequest, reply: Reply) -> None:
         """Answer one HTTP request; every ServingError becomes its status and text."""
@@ -90,6 +93,11 @@ class OpenInference:
         version = ""
         if len(rest) >= 2 and rest[0] == "versions":
             version, rest = rest[1], rest[2:]
+        if len(rest) == 2 and rest[0] == "streams":
+            service = self._serving.service(model)
+            service.check_version(version)
+            self.streams.handle(request, reply, service, rest[1])
+            return
         views: dict[tuple[str, ...], Callable[[Service], Any]] = {
             (): _metadata,
             ("ready",): _model_ready,
@@ -159,10 +167,6 @@ def _read_inputs(service: Service, document: InferDocument, binary: Buffer) -> d
 def _request(
     service: Service, version: str, document: InferDocument, inputs: dict[str, Array], http: HttpRequest
 ) -> Request:
-    deadline_ms = number(document.parameters, "ew_deadline_ms")
-    if deadline_ms is None:
-        timeout_us = number(document.parameters, "timeout")  # Triton's name for it
-        deadline_ms = timeout_us / 1e3 if timeout_us else None
     data_time_s = number(document.parameters, "ew_time_s")
     return Request(
         service=service.plan.service,
@@ -170,7 +174,7 @@ def _request(
         arrival_ns=http.arrival_ns,
         outputs=tuple(output.name for output in document.outputs),
         version=version,
-        deadline_ms=deadline_ms,
+        deadline_ms=deadline_ms(document.parameters),
         data_time_s=math.nan if data_time_s is None else data_time_s,
         client=http.client,
     )
