@@ -99,7 +99,7 @@ class Enrolment:
         self._answer = {"fleet": outcome.fleet, "repository": outcome.repository, "at": wall_s()}
         try:
             self._memory.put_value(ENROLMENT, self._answer, durable=True)
-        except StorageError as error:  # enrolled all the same; a restart would ask again and be told no
+        except StorageError as error:  # enrolled all the same; a restart asks again, and the host knows our key
             self._error = (error.code, error.sentence())
         self._state, self._error = "enrolled", ("", "")
         self._said(

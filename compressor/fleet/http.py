@@ -2,7 +2,7 @@
 
     GET  /repository/metadata/...   GET /repository/targets/...     with Range; content-addressed = immutable
     PUT  /samples/<device>/<id>     one-time token of the request, size bounded before and while reading
-    POST /enrol                     one-time token of an operator
+    POST /enrol                     one-time token of an operator; the device it enrolled may ask again
     GET  /healthz
 
 Nothing here is trusted by devices: what the repository serves is signed. Nothing a device sends is believed:
@@ -269,9 +269,13 @@ async def _enrol(doors: Doors, request: Request) -> Response:
 
 
 def _enrol_now(doors: Doors, asked: Enrolment) -> None:
+    """Spend the token, or see that it was spent by this very device, which then hears the same answer again."""
     now_s = doors.clock()
     with doors.database.writing() as tx:
-        if not devices.use_token(tx, hash_token(asked.token), asked.device, now_s=now_s):
+        digest = hash_token(asked.token)
+        if devices.is_repeated(tx, digest, asked.device, asked.public_key, now_s=now_s):
+            return
+        if not devices.use_token(tx, digest, asked.device, now_s=now_s):
             raise Refusal(403, "the enrolment token is unknown, used, over or for another device")
         devices.change(tx, asked.device, now_s=now_s, enrolled_at=now_s, public_key=asked.public_key or None)
         timeline.add(tx, "enrolment", "enrolled with a one-time token", at=now_s, device=asked.device)

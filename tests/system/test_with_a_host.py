@@ -138,11 +138,13 @@ def test_a_device_enrols_once_and_then_keeps_messages_until_its_host_has_them(
 
 
 class Gate(ThreadingHTTPServer):
-    """A proxy before the host's enrolment, which says no (503) until it is opened."""
+    """A proxy before the host's enrolment, which says no (503) until it is opened, and can lose answers."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, agent: Agent, host: Host) -> None:
         super().__init__(("127.0.0.1", 0), _Forward)
-        self.target, self.is_open = url, threading.Event()
+        self.target, self.is_open, self.lose = f"{host.service.public_url()}/enrol", threading.Event(), 0
+        before = agent.config.read_text()
+        agent.config.write_text(before.replace(self.target, f"http://127.0.0.1:{self.server_port}/enrol"))
         threading.Thread(target=self.serve_forever, name="gate", daemon=True).start()
 
 
@@ -158,6 +160,10 @@ class _Forward(BaseHTTPRequestHandler):
             status, answer = wire.send(
                 "POST", self.server.target, io.BytesIO(body), len(body), headers=kind, until_s=until_s, tls=None
             )
+        if self.server.lose and status == 200:
+            self.server.lose -= 1
+            self.close_connection = True
+            return
         self.send_response(status)
         self.send_header("content-length", str(len(answer)))
         self.end_headers()
@@ -172,16 +178,26 @@ def test_messages_from_before_the_enrolment_are_not_waited_for_in_vain(
 ) -> None:
     """They left with their PUBACK, and the host refused them from a device it did not know."""
     configure(agent, broker, host)
-    gate = Gate(f"{host.service.public_url()}/enrol")
-    agent.config.write_text(
-        agent.config.read_text().replace(gate.target, f"http://127.0.0.1:{gate.server_port}/enrol")
-    )
+    gate = Gate(agent, host)
     agent.start()
     wait_until(lambda: host.service.ingest.statistics()["refused"] >= 6, "the host refuses a stranger")
     gate.is_open.set()
     wait_until(lambda: agent.status()["update"]["enrolment"]["state"] == "enrolled", "it is enrolled")
     wait_until(lambda: host.committed() >= 8, "the watermark passes what was refused")
     wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "what is settled is forgotten")
+    gate.shutdown()
+    gate.server_close()
+
+
+def test_a_lost_answer_does_not_spend_the_token(agent: Agent, broker: Broker, host: Host) -> None:
+    configure(agent, broker, host)
+    gate = Gate(agent, host)
+    gate.lose = 1
+    gate.is_open.set()
+    agent.start()
+    wait_until(lambda: gate.lose == 0 and host.row() and host.row().enrolled_at, "the host enrolled it")
+    wait_until(lambda: agent.status()["update"]["enrolment"]["state"] == "enrolled", "it asked again")
+    assert agent.status()["update"]["enrolment"]["repository"].startswith(host.service.public_url())
     gate.shutdown()
     gate.server_close()
 

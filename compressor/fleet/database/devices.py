@@ -63,3 +63,14 @@ def use_token(tx: Connection, digest: str, device: str, *, now_s: float) -> bool
         & (TOKEN.c.expires_at >= now_s)
     )  # fmt: skip
     return bool(tx.execute(update(TOKEN).where(valid).values(used_at=now_s)).rowcount)
+
+
+def is_repeated(tx: Connection, digest: str, device: str, public_key: str, *, now_s: float) -> bool:
+    """Whether this is once more what enrolled the device as it is now: the answer was lost on its way.
+
+    The same token, not over, for the same device with the same key; a device without a key cannot say who it is.
+    """
+    first = (TOKEN.c.sha256 == digest) & (TOKEN.c.device == device) & (TOKEN.c.expires_at >= now_s)
+    same = (DEVICE.c.id == TOKEN.c.device) & (DEVICE.c.enrolled_at == TOKEN.c.used_at)
+    keyed = DEVICE.c.public_key == public_key
+    return bool(public_key) and tx.execute(select(TOKEN.c.used_at).where(first, same, keyed)).first() is not None

@@ -30,6 +30,7 @@ class Served:
     database: Database
     folder: Path
     changes: list[int]
+    now: float = NOW
 
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
@@ -74,21 +75,22 @@ def served(tmp_path: Path) -> Iterator[Served]:
     (repository / "targets" / "wrist" / "blobs" / f"{DIGEST}.{DIGEST}").write_bytes(BLOB)
     (tmp_path / "secret").write_text("no")
     (repository / "metadata" / "2.root.json").symlink_to(tmp_path / "secret")
-    database, changes = Database(tmp_path / "host"), []
+    served = Served(0, Database(tmp_path / "host"), tmp_path, [])
     doors = Doors(
-        database=database, repository=repository, uploads=tmp_path / "host" / "samples", fleet="demo",
+        database=served.database, repository=repository, uploads=tmp_path / "host" / "samples", fleet="demo",
         public_url=lambda: "http://host:1", max_samples_bytes=10 << 20,
-        shape_of=lambda _service: Shape(length=128, channels=6, labels=7), on_change=lambda: changes.append(1),
-        clock=lambda: NOW,
+        shape_of=lambda _service: Shape(length=128, channels=6, labels=7), on_change=lambda: served.changes.append(1),
+        clock=lambda: served.now,
     )  # fmt: skip
     server = uvicorn.Server(uvicorn.Config(device_side.make_app(doors), port=0, log_config=None, lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
-    yield Served(server.servers[0].sockets[0].getsockname()[1], database, tmp_path, changes)
+    served.port = server.servers[0].sockets[0].getsockname()[1]
+    yield served
     server.should_exit = True
     thread.join()
-    database.close()
+    served.database.close()
 
 
 BLOB_PATH = f"/repository/targets/wrist/blobs/{DIGEST}.{DIGEST}"
@@ -200,12 +202,49 @@ def test_enrolment_takes_a_token_once(served: Served) -> None:
     assert (status, json.loads(body)) == (
         200, {"fleet": "demo", "device": "w9", "repository": "http://host:1/repository"},
     )  # fmt: skip
-    assert served.error("POST", "/enrol", wish)[0] == 403
+    assert served.error("POST", "/enrol", wish.replace("cd", "ab"))[0] == 403
     with served.database.reading() as tx:
         assert devices.known(tx) == {"w9"}
         found = devices.find(tx, "w9")
     assert found is not None
     assert found.public_key == "cd" * 32
+
+
+def test_a_device_whose_answer_was_lost_hears_it_again(served: Served) -> None:
+    token, later = new_token(), new_token()
+    with served.database.writing() as tx:
+        devices.add_token(tx, hash_token(token), "w9", now_s=NOW, lifetime_s=60)
+        devices.add_token(tx, hash_token(later), "w9", now_s=NOW, lifetime_s=60)
+
+    def ask(token: str, key: str = "cd" * 32, device: str = "w9") -> tuple[int, bytes]:
+        wish = json.dumps({"device": device, "token": token, "public_key": key})
+        status, _, body = served.ask("POST", "/enrol", wish)
+        return status, body
+
+    def row() -> Any:
+        with served.database.reading() as tx:
+            return devices.find(tx, "w9"), timeline.last(tx)
+
+    first = ask(token)
+    before = row()
+    served.now += 30
+    assert (first[0], ask(token)) == (200, first)
+    assert row() == before  # hearing it again changes nothing
+    for other in (ask(token, "ab" * 32), ask(token, ""), ask(token, device="w8"), ask(new_token())):
+        assert other[0] == 403
+    assert ask(later, "ab" * 32)[0] == 200  # somebody gave the device a new key
+    assert ask(token)[0] == 403  # what its old self was told is over
+    served.now += 31
+    assert ask(later, "ab" * 32)[0] == 403
+
+
+def test_a_device_without_a_key_enrols_once(served: Served) -> None:
+    token = new_token()
+    with served.database.writing() as tx:
+        devices.add_token(tx, hash_token(token), "w9", now_s=NOW, lifetime_s=60)
+    wish = json.dumps({"device": "w9", "token": token})
+    assert served.ask("POST", "/enrol", wish)[0] == 200
+    assert served.error("POST", "/enrol", wish)[0] == 403
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", '{"device": "W", "token": "0123456789abcdef"}', '{"device": "w1"}'])
