@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -20,6 +20,7 @@ import msgspec
 
 from agent import clock
 from agent.contract.tensors import HEADER_LENGTH, Buffer
+from agent.frontend.unread import Unread
 from agent.sockets import client_of
 
 MAX_HEAD_BYTES = 16 * 1024
@@ -33,8 +34,10 @@ SMALL_BODY_BYTES = 64 * 1024  # ...whose last quarter is kept for bodies up to t
 SLOW_S = 10.0  # for a request to arrive...
 SLOWEST_BYTES_PER_S = 64 * 1024  # ...plus its size at this speed
 PAUSE_S = 0.25  # a client that was heard so recently may be about to ask again: draining tells it in its next answer
+MOVE_POLL_S = 0.002  # how soon after its last answer has been sent a connection moves to the next worker
 LINGER_S = 2.0  # how long a refused client may go on sending before it is cut off
 ACCEPTS_PER_TURN = 16
+MOVE_BATCH = 64  # connections that move together
 JSON = "application/json"
 BINARY = "application/octet-stream"
 
@@ -63,6 +66,21 @@ class HttpResponse:
     json_bytes: int = 0
     headers: dict[str, str] = field(default_factory=dict)
 
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A connection on its way to another process, which must take `descriptor` before this one closes it.
+
+    `unread`: what has arrived of an unfinished request, since `since_ns` (monotonic); empty = between requests.
+    """
+
+    descriptor: int
+    unread: bytes
+    since_ns: int
+
+
+Give = Callable[[Sequence[Leaving]], Awaitable[None]]
+"""Passes connections on; raises OSError when nobody is there who could take them."""
 
 Reply = Callable[[HttpResponse], None]
 Handler = Callable[[HttpRequest, Reply], None]
@@ -101,6 +119,8 @@ class Server:
         self._accepted = 0
         self._refused = 0
         self._refused_bodies = 0
+        self._moved = {"taken": 0, "given": 0}
+        self.freed: asyncio.Event | None = None  # while handing over: some connection owes nothing any more
         self.malformed = 0
 
     def listen(self, listener: socket.socket) -> None:
@@ -118,20 +138,69 @@ class Server:
         A client that asks without a pause hears with an answer that its connection ends, and loses no request.
         """
         self.draining = True
+        self._stop_accepting()
         loop = asyncio.get_running_loop()
-        for listener in self._listeners:
-            loop.remove_reader(listener)
         end = loop.time() + limit_s
-        while self.connections and loop.time() < end:
+        while (self.connections or self._joining) and loop.time() < end:
             for connection in tuple(self.connections):
                 connection.close_if_idle()
             await asyncio.sleep(0.01)
         self.close()
 
-    def close(self) -> None:
-        """Stop at once; the listening sockets stay open."""
+    async def hand_over(self, give: Give, limit_s: float) -> None:
+        """Stop accepting and give every connection away as soon as nothing is owed on it: no client notices.
+
+        What cannot move (nobody takes it, a request too large to move that does not arrive) is drained; all within
+        `limit_s`.
+        """
+        self._stop_accepting()
+        self.freed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + limit_s
+        try:
+            async with asyncio.timeout(max(0.0, limit_s - 2 * PAUSE_S)):
+                while self.connections or self._joining:
+                    self.freed.clear()
+                    await self._give(give)
+                    poll = loop.call_later(MOVE_POLL_S, self.freed.set)  # sent is not told, only answered
+                    await self.freed.wait()
+                    poll.cancel()
+        except (OSError, TimeoutError):
+            self.freed = None
+            for connection in self.connections:
+                connection.stay()
+        await self.drain(max(0.0, end - loop.time()))
+
+    async def _give(self, give: Give) -> None:
+        """Give away those that are free now; each is closed here as soon as it has been taken."""
+        free = [connection for connection in tuple(self.connections) if connection.hold()]
+        between = [connection for connection in free if not connection.has_unread]
+        batches = [between[start : start + MOVE_BATCH] for start in range(0, len(between), MOVE_BATCH)]
+        for batch in [*batches, *([connection] for connection in free if connection.has_unread)]:
+            await give([connection.leaving() for connection in batch])
+            for connection in batch:
+                connection.leave()
+            self._moved["given"] += len(batch)
+
+    def adopt(self, sock: socket.socket, unread: bytes = b"", since_ns: int = 0) -> None:
+        """Go on with a connection of another process; what arrived of its request is read first."""
+        self._moved["taken"] += 1
+        if not self._make_room():
+            _turn_away(sock)
+            self._refused += 1
+            return
+        sock.settimeout(0)
+        self._join(Connection(self, unread=unread, since_ns=since_ns), sock)
+        if self._timer is None:
+            self._sweep()
+
+    def _stop_accepting(self) -> None:
         for listener in self._listeners:
             asyncio.get_running_loop().remove_reader(listener)
+
+    def close(self) -> None:
+        """Stop at once; the listening sockets stay open."""
+        self._stop_accepting()
         self._listeners.clear()
         if self._timer is not None:
             self._timer.cancel()
@@ -139,7 +208,10 @@ class Server:
             connection.abort()
 
     def statistics(self) -> dict[str, float]:
-        """Open connections, bytes of unanswered bodies, and totals: accepted, refused for lack of room, malformed."""
+        """Open connections, bytes of unanswered bodies, and totals.
+
+        accepted, refused for lack of room, malformed, taken over from and given to another worker.
+        """
         return {
             "connections": len(self.connections),
             "buffered_bytes": self._buffered_bytes,
@@ -147,6 +219,8 @@ class Server:
             "accepted": self._accepted,
             "refused_connections": self._refused,
             "malformed": self.malformed,
+            "connections_taken": self._moved["taken"],
+            "connections_given": self._moved["given"],
         }
 
     def reserve(self, size: int) -> bool:
@@ -191,7 +265,7 @@ class Server:
         loop.call_later(1.0, self._resume_accepting, listener)
 
     def _resume_accepting(self, listener: socket.socket) -> None:
-        if listener in self._listeners and not self.draining:
+        if listener in self._listeners and not (self.draining or self.freed):
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _make_room(self) -> bool:
@@ -231,8 +305,13 @@ class _Pending:
 class Connection(asyncio.Protocol):
     """One client. Requests may be pipelined; responses go out in their order."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, *, unread: bytes = b"", since_ns: int = 0) -> None:
+        """`unread`, `since_ns`: see `Leaving`; of a connection that another process began."""
         self._server = server
+        self._inherited = (unread, since_ns)
+        self._unread = Unread()
+        self._ended: list[int] = []  # body sizes of the requests that ended in what is being parsed
+        self._held = False  # it is about to leave: nothing more is read here
         self._parser = httptools.HttpRequestParser(self)
         self._transport: Any = None
         self._client = ""
@@ -260,6 +339,11 @@ class Connection(asyncio.Protocol):
         self._transport = transport
         self._client = client_of(transport.get_extra_info("socket"))
         self._server.connections.add(self)
+        unread, since_ns = self._inherited
+        if unread:
+            self.data_received(unread)
+            self._inherited = (b"", 0)
+            self._reading_since_ns = self._reading_since_ns and since_ns
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
@@ -286,6 +370,9 @@ class Connection(asyncio.Protocol):
                 self._partial_bytes += len(data)
                 if self._partial_bytes > MAX_HEAD_BYTES:
                     self._refuse(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes")
+            if self._reading_since_ns or self._unread.size:
+                self._unread.feed(data, self._ended, reading=bool(self._reading_since_ns))
+            self._ended.clear()
 
     def eof_received(self) -> bool:
         """Keep the connection half open while answers are still owed."""
@@ -352,7 +439,8 @@ class Connection(asyncio.Protocol):
         if not self._server.reserve(self._size):
             self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
         self._reserved_bytes = self._size
-        if headers.get("expect", "").lower() == "100-continue" and self._size and not self._pending:
+        told = bool(self._inherited[0])  # by the process that had this connection before
+        if headers.get("expect", "").lower() == "100-continue" and self._size and not (self._pending or told):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -360,6 +448,7 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._reading_since_ns = 0
+        self._ended.append(self._size)
         pending = _Pending(closing=not self._parser.should_keep_alive(), size=self._reserved_bytes)
         self._reserved_bytes = 0
         self._pending.append(pending)
@@ -372,6 +461,40 @@ class Connection(asyncio.Protocol):
         self._handling = None
         if len(self._pending) > MAX_PIPELINED:
             self._balance()
+
+    # --- leaving ---------------------------------------------------------------------------------------------
+    @property
+    def has_unread(self) -> bool:
+        """Part of a request has arrived."""
+        return bool(self._reading_since_ns)
+
+    def hold(self) -> bool:
+        """Read no more, unless the request that is arriving is too large to move; whether it can leave now."""
+        transport = self._transport
+        if transport is None or transport.is_closing() or self._discarding_since_ns:
+            return False
+        if self.has_unread and not self._unread.movable:
+            return False
+        self._held = True
+        self._balance()
+        return not (self._pending or self._write_paused or transport.get_write_buffer_size())
+
+    def leaving(self) -> Leaving:
+        """What another process needs to go on with it; after `hold` said yes."""
+        descriptor = self._transport.get_extra_info("socket").fileno()
+        if self.has_unread:
+            return Leaving(descriptor, self._unread.raw(), self._reading_since_ns)
+        return Leaving(descriptor, b"", 0)
+
+    def leave(self) -> None:
+        """Another process has it: close this one's descriptor, which ends nothing (no shutdown)."""
+        self._server.connections.discard(self)
+        self.abort()
+
+    def stay(self) -> None:
+        """Nobody took it: go on here."""
+        self._held = False
+        self._balance()
 
     # --- answering -------------------------------------------------------------------------------------------
     def close_if_idle(self) -> None:
@@ -389,6 +512,8 @@ class Connection(asyncio.Protocol):
         if self._discarding_since_ns:
             if now_ns - self._discarding_since_ns > LINGER_S * 1e9:
                 self.abort()
+            return
+        if self._held:
             return
         allowed_s = self._server.slow_s + self._size / SLOWEST_BYTES_PER_S
         if self._reading_since_ns and now_ns - self._reading_since_ns > allowed_s * 1e9:
@@ -443,6 +568,8 @@ class Connection(asyncio.Protocol):
             self._write(self._pending.popleft())
         if self._paused:
             self._balance()
+        if self._server.freed is not None and not self._pending:
+            self._server.freed.set()
 
     def _write(self, pending: _Pending) -> None:
         if self._transport is None or self._transport.is_closing() or pending.response is None:
@@ -458,8 +585,8 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _balance(self) -> None:
-        """Read only while the client takes its answers and is not too far ahead of them."""
-        wanted = self._write_paused or len(self._pending) > MAX_PIPELINED
+        """Read only while the client takes its answers and is not too far ahead of them, and only while it stays."""
+        wanted = self._held or self._write_paused or len(self._pending) > MAX_PIPELINED
         if self._transport is None or wanted == self._paused or self._transport.is_closing():
             return
         self._paused = wanted

@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agent.frontend.server import MAX_HEAD_BYTES, SMALL_BODY_BYTES, HttpRequest, HttpResponse, Reply, Server
+from agent.frontend.server import (
+    MAX_HEAD_BYTES,
+    SMALL_BODY_BYTES,
+    HttpRequest,
+    HttpResponse,
+    Leaving,
+    Reply,
+    Server,
+)
 
 HEAD = b"Host: x\r\n"
 LIMIT_BYTES = 1000
@@ -540,3 +549,216 @@ def test_draining_does_not_wait_for_ever(tmp_path: Path) -> None:
         writer.close()
 
     play(tmp_path, story)
+
+
+# --- hand-over -----------------------------------------------------------------------------------------------
+class Heir:
+    """Another server in the place of another process: it gets duplicates, as over a socket."""
+
+    def __init__(self, **options: Any) -> None:
+        self.handler = Handler()
+        self.server = Server(self.handler, max_body_bytes=3_000_000, **options)
+        self.unread: list[bytes] = []
+
+    async def take(self, leaving: Sequence[Leaving]) -> None:
+        for one in leaving:
+            self.unread.append(one.unread)
+            self.server.adopt(socket.socket(fileno=os.dup(one.descriptor)), one.unread, one.since_ns)
+
+    async def close(self) -> None:
+        self.server.close()
+        await until(lambda: not self.server.connections)
+
+
+def hand_over(tmp_path: Path, story: Callable[[Stage, Heir], Awaitable[None]], **options: Any) -> None:
+    async def with_heir(stage: Stage) -> None:
+        heir = Heir(**options)
+        try:
+            await story(stage, heir)
+        finally:
+            await heir.close()
+
+    play(tmp_path, with_heir, **options)
+
+
+POST = b"POST /a HTTP/1.1\r\n" + HEAD + b"Content-Length: 6\r\n\r\nabcdef"
+
+
+def test_an_idle_connection_moves_and_its_client_notices_nothing(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        clients = [await stage.connect() for _ in range(70)]
+        for reader, writer in clients:
+            writer.write(POST)
+            assert (await reader.readuntil(b"/a abcdef")).startswith(b"HTTP/1.1 200")
+        await stage.server.hand_over(heir.take, 20)
+        assert stage.server.statistics()["connections_given"] == 70
+        assert not stage.server.connections
+        for reader, writer in clients:
+            writer.write(POST)
+            answer = await reader.readuntil(b"/a abcdef")
+            assert b"Connection: close" not in answer
+            writer.close()
+        assert heir.server.statistics()["connections_taken"] == 70
+        assert len(heir.handler.requests) == 70
+
+    hand_over(tmp_path, story)
+
+
+@pytest.mark.parametrize("cut", [1, 10, 25, len(POST) - 6, len(POST) - 3, len(POST) - 1])
+def test_half_a_request_moves_and_the_rest_is_read_by_the_other(tmp_path: Path, cut: int) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(POST + POST[:cut])
+        await reader.readuntil(b"/a abcdef")
+        await until(lambda: [one for one in stage.server.connections if one.has_unread])
+        await stage.server.hand_over(heir.take, 20)
+        assert heir.unread == [POST[:cut]]
+        writer.write(POST[cut:] + POST)
+        for _ in range(2):
+            assert (await reader.readuntil(b"/a abcdef")).startswith(b"HTTP/1.1 200")
+        assert [request.body for request in heir.handler.requests] == [b"abcdef", b"abcdef"]
+        writer.close()
+
+    hand_over(tmp_path, story)
+
+
+def test_a_busy_connection_is_answered_first_and_what_its_client_sent_meanwhile_moves(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        held = b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n"
+        writer.write(held + held + POST[:20])
+        await until(lambda: len(stage.handler.held) == 2)
+        leaving = asyncio.ensure_future(stage.server.hand_over(heir.take, 20))
+        await asyncio.sleep(0.02)
+        writer.write(POST[20:] + POST)
+        await asyncio.sleep(0.02)
+        assert not leaving.done()
+        assert heir.unread == []
+        for answer in stage.handler.held:
+            answer()
+        await leaving
+        assert heir.unread == [POST[:20]]
+        received = b""
+        while received.count(b"/a abcdef") < 2:
+            received += await reader.read(4096)
+        assert received.count(b"/held ") == 2
+        assert b"Connection: close" not in received
+        assert len(stage.handler.requests) == 2
+        writer.close()
+
+    hand_over(tmp_path, story)
+
+
+def test_one_that_is_refused_is_told_by_whom_it_asked_and_does_not_move(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"nonsense\r\n\r\n")
+        await until(lambda: stage.server.statistics()["malformed"])
+        leaving = asyncio.ensure_future(stage.server.hand_over(heir.take, 20))
+        assert statuses(await reader.read()) == [400]
+        writer.close()
+        await leaving
+        assert heir.unread == []
+
+    hand_over(tmp_path, story)
+
+
+def test_with_nobody_to_take_it_a_connection_is_drained(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        async def broken(_: Sequence[Leaving]) -> None:
+            raise BrokenPipeError
+
+        reader, writer = await stage.connect()
+        writer.write(POST + POST[:20])
+        await reader.readuntil(b"/a abcdef")
+        await until(lambda: [one for one in stage.server.connections if one.has_unread])
+        leaving = asyncio.ensure_future(stage.server.hand_over(broken, 20))
+        writer.write(POST[20:])
+        answer = await reader.read()
+        assert answer.endswith(b"/a abcdef")
+        assert b"Connection: close" in answer
+        writer.close()
+        await leaving
+        assert heir.unread == []
+
+    hand_over(tmp_path, story)
+
+
+def test_a_request_too_large_to_move_is_finished_first(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        stage.server.max_body_bytes = size = 2_000_000
+        reader, writer = await stage.connect()
+        writer.write(b"POST /big HTTP/1.1\r\n" + HEAD + b"Inference-Header-Content-Length: 0\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n" % size + b"x" * 1_500_000)
+        await until(lambda: [one for one in stage.server.connections if not one._unread.movable])
+        leaving = asyncio.ensure_future(stage.server.hand_over(heir.take, 20))
+        await asyncio.sleep(0.02)
+        assert not leaving.done()
+        writer.write(b"x" * 500_000 + POST[:30])
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b"Connection: close" not in head
+        await reader.readexactly(size + len(b"/big "))
+        await leaving
+        writer.write(POST[30:])
+        assert (await reader.readuntil(b"/a abcdef")).startswith(b"HTTP/1.1 200")
+        assert len(heir.handler.requests) == 1
+        writer.close()
+
+    hand_over(tmp_path, story)
+
+
+def test_one_that_never_gets_free_is_drained_in_the_end(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        await stage.server.hand_over(heir.take, 0.7)
+        assert await reader.read() == b""
+        writer.close()
+        assert heir.unread == []
+
+    hand_over(tmp_path, story)
+
+
+def test_a_client_that_asked_to_be_closed_is(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n")
+        await until(lambda: stage.handler.held)
+        leaving = asyncio.ensure_future(stage.server.hand_over(heir.take, 20))
+        await asyncio.sleep(0.02)
+        stage.handler.held[0]()
+        assert (await reader.read()).endswith(b"/held ")
+        writer.close()
+        await leaving
+        assert heir.unread == []
+
+    hand_over(tmp_path, story)
+
+
+def test_a_slow_request_gets_no_more_time_by_moving(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(POST[:10])
+        await until(lambda: [one for one in stage.server.connections if one.has_unread])
+        since_ns = {one._reading_since_ns for one in stage.server.connections}
+        await stage.server.hand_over(heir.take, 20)
+        await until(lambda: heir.server.connections)
+        assert {one._reading_since_ns for one in heir.server.connections} == since_ns
+        assert statuses(await reader.read()) == [408]
+        writer.close()
+
+    hand_over(tmp_path, story, slow_s=0.5)
+
+
+def test_a_client_waiting_for_100_continue_is_told_once(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST /a HTTP/1.1\r\nExpect: 100-continue\r\n" + HEAD + b"Content-Length: 2\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        await stage.server.hand_over(heir.take, 20)
+        writer.write(b"hi")
+        assert (await reader.readuntil(b"/a hi")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    hand_over(tmp_path, story)

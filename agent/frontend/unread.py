@@ -1,0 +1,70 @@
+"""The bytes of a request that has not arrived whole yet, so that another process can go on reading it. Pure.
+
+The parser keeps what it has read and does not give it back; where a request ends follows from its head and the size
+of its body, since chunked bodies are refused and heads end in an empty line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_MOVABLE_BYTES = 1024 * 1024  # a larger request is finished where it began
+HEAD_ROOM_BYTES = 64 * 1024  # more than any head that is accepted: what is kept of a request too large to move
+END_OF_HEAD = b"\r\n\r\n"
+
+
+class Unread:
+    """What one connection has received of its unfinished request. Fed after the parser, with what the parser saw."""
+
+    __slots__ = ("_kept", "_total")
+
+    def __init__(self) -> None:
+        self._kept: list[bytes] = []
+        self._total = 0
+
+    @property
+    def size(self) -> int:
+        return self._total
+
+    @property
+    def movable(self) -> bool:
+        return self._total <= MAX_MOVABLE_BYTES
+
+    def raw(self) -> bytes:
+        """From the request's first byte to the last received. Only while `movable`."""
+        return b"".join(self._kept)
+
+    def feed(self, data: bytes, ended: Sequence[int], *, reading: bool) -> None:
+        """Note one piece of the stream.
+
+        `ended`: body sizes of the requests that ended in it, in order; `reading`: another one has begun since.
+        """
+        if not ended:
+            self._keep(data)
+            return
+        if not reading:
+            self.clear()
+            return
+        offset = _end_of_request(b"".join(self._kept) + data, ended[0]) - self._total
+        for size in ended[1:]:
+            offset += _end_of_request(data[offset:], size)
+        self.clear()
+        self._keep(data[offset:])
+
+    def clear(self) -> None:
+        self._kept = []
+        self._total = 0
+
+    def _keep(self, data: bytes) -> None:
+        if not self._total:
+            data = data.lstrip(b"\r\n")
+        self._total += len(data)
+        self._kept.append(data)
+        if not self.movable:
+            self._kept = [b"".join(self._kept)[:HEAD_ROOM_BYTES]]
+
+
+def _end_of_request(raw: bytes, body_bytes: int) -> int:
+    """Where the first request of `raw` ends; empty lines before it are skipped, as the parser does."""
+    blank = len(raw) - len(raw.lstrip(b"\r\n"))
+    return raw.index(END_OF_HEAD, blank) + len(END_OF_HEAD) + body_bytes
