@@ -10,6 +10,7 @@ errors of `contract.errors`, chosen by HTTP status, with `status` and `retry_aft
 """
 
 from agent.client.blocking import Client
+from agent.client.streams import Stream
 from agent.client.wire import Answer
 
-__all__ = ["Answer", "Client"]
+__all__ = ["Answer", "Client", "Stream"]

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack, cast
 
+from agent.client.aio_streams import AsyncStream
+from agent.client.sender import StreamOptions
 from agent.client.wire import Address, Answer, Call, InferOptions, Response, ResponseReader, Wire
 from agent.contract.errors import DeadlineExceeded, Disconnected
 from agent.contract.tensors import Array
@@ -46,6 +48,14 @@ class AsyncClient:
             Disconnected: the connection broke or could not be opened.
         """
         return await self._do(self._wire.infer(model, inputs, **options))
+
+    def stream(self, model: str, name: str, **options: Unpack[StreamOptions]) -> AsyncStream:
+        """A stream of raw samples to `model`, from its first sample on. Options: see `StreamOptions`.
+
+        Raises:
+            InvalidRequest: a name that cannot be sent.
+        """
+        return AsyncStream(self._do, self._wire, model, name, **options)
 
     async def live(self) -> bool:
         """Whether the server runs."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
+from agent.client.sender import StreamOptions
+from agent.client.streams import Stream
 from agent.client.wire import JOINED_BYTES, Address, Answer, Call, InferOptions, Response, ResponseReader, Wire
 from agent.contract.errors import DeadlineExceeded, Disconnected
 from agent.contract.tensors import Array, Buffer
@@ -47,6 +49,14 @@ class Client:
             Disconnected: the connection broke or could not be opened.
         """
         return self._do(self._wire.infer(model, inputs, **options))
+
+    def stream(self, model: str, name: str, **options: Unpack[StreamOptions]) -> Stream:
+        """A stream of raw samples to `model`, from its first sample on. Options: see `StreamOptions`.
+
+        Raises:
+            InvalidRequest: a name that cannot be sent.
+        """
+        return Stream(self._do, self._wire, model, name, **options)
 
     def live(self) -> bool:
         """Whether the server runs."""

@@ -37,14 +37,8 @@ def test_any_cut_of_the_samples_gives_what_infer_gives_bit_for_bit(sockets: Sock
             for at in range(0, len(samples) - LENGTH + 1, HOP)
         ]
         for most in (10, 300, len(samples) + 1):
-            at, rows = 0, []
-            while at < len(samples):
-                piece = samples[at : at + int(generator.integers(1, most))]
-                call = client._wire.post_tensors(
-                    f"/v2/models/wrist/streams/s{most}",
-                    {"window": piece},
-                    {"ew_sequence": at, "ew_time_s": at / RATE_HZ},
-                )
-                rows.append(client._do(call).outputs["probability"])
-                at += len(piece)
+            stream, rows = client.stream("wrist", f"s{most}"), []
+            while (at := stream.sequence) < len(samples):
+                answer = stream.send(samples[at : at + int(generator.integers(1, most))], time_s=at / RATE_HZ)
+                rows.append(answer.outputs["probability"])
             assert np.concatenate(rows).tobytes() == np.concatenate(expected).tobytes()
