@@ -17,7 +17,7 @@ from pathlib import Path
 from agent import clock
 from agent.contract.artifact import MANIFEST
 from agent.contract.errors import StorageError
-from compressor.fleet.steward import Built, Failed
+from compressor.fleet.means import Built, Failed
 
 LOG = "pipeline.log"
 LOG_TAIL_BYTES = 2000

@@ -32,9 +32,10 @@ from compressor.fleet.database import Database, devices, plans
 from compressor.fleet.http import Doors, make_app, sweep
 from compressor.fleet.inbox import Roster
 from compressor.fleet.ingest import Ingest
+from compressor.fleet.means import Director, Means, Publisher, Trainer
 from compressor.fleet.pipelines import SubprocessTrainer
 from compressor.fleet.situation import HELD
-from compressor.fleet.steward import Director, Means, Publisher, Steward, Trainer
+from compressor.fleet.steward import Steward
 from compressor.fleet.tokens import new_token
 
 STEP_S = 1.0  # at least so often the steward looks

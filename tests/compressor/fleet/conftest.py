@@ -7,6 +7,7 @@ import pytest
 
 from scripts.story.broker import Broker
 from tests.compressor.fleet.doubles import DEVICES, FLEET, Device
+from tests.compressor.fleet.world import World
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +35,10 @@ def device(broker: Broker) -> Iterator[Callable[[str], Device]]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / "host"
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    world = World(tmp_path)
+    yield world
+    world.database.close()

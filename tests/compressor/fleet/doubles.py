@@ -19,7 +19,7 @@ from agent import clock
 from agent.contract.artifact import Blob, Channel, Input, Manifest, Output, Runtime, View, sha256
 from agent.contract.errors import LinkError
 from agent.contract.repository import manifest_path, stored_path
-from compressor.fleet.steward import Built, Failed
+from compressor.fleet.means import Built, Failed
 
 FLEET = "demo"
 DEVICES = ("w1", "w2", "w3")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import StorageError
+from compressor.fleet.means import Built, Failed
 from compressor.fleet.pipelines import SubprocessTrainer
-from compressor.fleet.steward import Built, Failed
 from tests.compressor.fleet.doubles import wait_until
 
 BUILD = """

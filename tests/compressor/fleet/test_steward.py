@@ -2,155 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from agent.contract.artifact import sha256
 from agent.contract.errors import ConfigError, DiskFull
-from agent.contract.topics import Topics
-from compressor.config import HostConfig
-from compressor.fleet import ingest
-from compressor.fleet.catalogue import Catalogue
-from compressor.fleet.database import Database, devices, messages, plans, timeline
-from compressor.fleet.inbox import EventSeen, Key, ReplySeen, ReportedSeen, TelemetrySeen
+from compressor.fleet.database import plans, timeline
+from compressor.fleet.inbox import EventSeen, ReplySeen
+from compressor.fleet.means import Failed
 from compressor.fleet.situation import HELD, MAX_ASKS_PER_DAY
-from compressor.fleet.steward import Failed, Means, Steward, order_of
+from compressor.fleet.steward import order_of
 from tests.compressor.fleet.doubles import (
     DEVICES,
-    FLEET,
     NOW,
     REFERENCE,
-    FakeDirector,
-    FakePublisher,
-    FakeTrainer,
-    FakeWire,
     artifact_folder,
-    drift_window,
-    recording,
 )
-
-
-def config_of(folder: Path, **regeneration: Any) -> HostConfig:
-    (folder / "recipe.toml").write_text("")
-    return HostConfig.model_validate({
-        "host": {"folder": folder / "host"},
-        "fleet": {"name": FLEET, "cohorts": {"canary": list(DEVICES)}, "patience_s": 10, "collect_s": 60,
-                  "sample_timeout_s": 100},
-        "repository": {"folder": str(folder / "repository"), "keys": str(folder / "keys")},
-        "regeneration": {"recipe": str(folder / "recipe.toml"), "service": "wrist", "budget_per_day": 1,
-                         "update_deadline_s": 200, "soak_s": 30, **regeneration},
-    })  # fmt: skip
-
-
-class World:
-    """A steward, its database and everything it touches; time is a number."""
-
-    def __init__(self, folder: Path, **regeneration: Any) -> None:
-        self.folder = folder
-        self.config = config_of(folder, **regeneration)
-        self.database = Database(self.config.host.folder)
-        self.trainer, self.wire = FakeTrainer(), FakeWire()
-        self.publisher = FakePublisher(folder / "repository")
-        self.now = NOW
-        self.seq = 0
-        self.steward = self.new_steward()
-
-    def new_steward(self) -> Steward:
-        means = Means(
-            trainer=self.trainer, publisher=self.publisher, director=FakeDirector(), wire=self.wire,
-            topics=lambda device: Topics(FLEET, device), public_url=lambda: "http://host:1",
-            say=lambda *_words: None,
-        )  # fmt: skip
-        return Steward(self.config, self.database, Catalogue(self.folder / "repository"), means)
-
-    # --- what devices do ---
-    def hear(self, item: Any) -> None:
-        with self.database.writing() as tx:
-            if isinstance(item, EventSeen | TelemetrySeen):
-                messages.admit(tx, [item], now_s=self.now)
-            ingest.note(tx, item, now_s=self.now)
-
-    def key(self, device: str) -> Key:
-        self.seq += 1
-        return Key(device, "b1", self.seq)
-
-    def drifts(self, device: str, *, reference: bytes = REFERENCE[1], evidence: bool = True, **details: Any) -> None:
-        if evidence:
-            window = drift_window(reference=reference)
-            fields = {name: window.pop(name) for name in ("service", "view", "reference", "rows")}
-            self.hear(TelemetrySeen(self.key(device), NOW, ({**fields, "body": window},), (), {"health": {}}))
-        said = {"raised": True, "alarm": "drift", "guards": [], "single_channel": False, "persisted_windows": 64,
-                "reference": sha256(reference)}  # fmt: skip
-        self.hear(EventSeen(self.key(device), NOW, "warning", "drift", "wrist", "left all regimes", ("ax",), {},
-                            said | details))  # fmt: skip
-
-    def breaks(self, device: str, *channels: str) -> None:
-        self.hear(EventSeen(self.key(device), NOW, "warning", "sensor", "wrist", "gx is dead", channels, {},
-                            {"raised": True, "alarm": "dead", "level": "broken-input"}))  # fmt: skip
-
-    def publishes(self, version: int) -> None:
-        self.publisher.publish([artifact_folder(self.folder / f"v{version}", version)])
-
-    def holds_recording(self, device: str, reference: bytes) -> None:
-        with self.database.writing() as tx:
-            path = self.folder / f"{device}.npz"
-            path.write_bytes(recording())
-            devices.change(tx, device, now_s=self.now)
-            plans.add_sample(tx, id=f"of-{device}", device=device, service="wrist", reference=sha256(reference),
-                             decision=0, token_sha256="0" * 64, max_bytes=10, asked_at=self.now)  # fmt: skip
-            plans.change_sample(tx, f"of-{device}", state="accepted", settled_at=self.now, path=str(path))
-
-    def delivers(self, device: str) -> None:
-        with self.database.writing() as tx:
-            (sample,) = plans.samples(tx, device=device, states=("asked",))
-            path = self.folder / f"{device}.npz"
-            path.write_bytes(recording())
-            plans.change_sample(tx, sample.id, state="accepted", settled_at=self.now, path=str(path), size_bytes=10)
-
-    def reports(self, device: str, version: int, state: str, code: str = "") -> None:
-        self.hear(ReportedSeen(device, "b1", {"desired_version": version, "update_state": state, "code": code}))
-
-    # --- what happened ---
-    def step(self, *replies: ReplySeen, later_s: float = 1.0) -> bool:
-        self.now += later_s
-        return self.steward.step(replies, now_s=self.now)
-
-    def rows(self) -> list[str]:
-        """Rows of the table that decided, oldest first."""
-        with self.database.reading() as tx:
-            return [row.row for row in plans.decisions(tx)][::-1]
-
-    def story(self, what: str) -> list[str]:
-        with self.database.reading() as tx:
-            return [row.text for row in timeline.newest(tx, limit=1000) if row.what == what][::-1]
-
-    def rollout(self) -> Any:
-        with self.database.reading() as tx:
-            return plans.rollouts(tx)[-1]
-
-    def job(self) -> Any:
-        with self.database.reading() as tx:
-            return plans.jobs(tx)[-1]
-
-    def to_rollout(self) -> None:
-        """Through the whole loop until the update is offered."""
-        for device in DEVICES:
-            self.drifts(device)
-        self.step()
-        for device in DEVICES:
-            self.delivers(device)
-        for _ in range(5):
-            self.step()
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    world = World(tmp_path)
-    yield world
-    world.database.close()
+from tests.compressor.fleet.world import World
 
 
 def test_the_loop_runs_from_the_first_report_to_the_committed_update_without_hands(world: World) -> None:
@@ -409,19 +278,6 @@ def test_a_publication_that_is_refused_fails_the_job(world: World) -> None:
     assert "version 1 is there already" in world.job().text
 
 
-def test_a_device_that_rejects_halts_the_rollout_and_others_are_offered_nothing(world: World) -> None:
-    world.to_rollout()
-    world.reports("w1", 1, "fetching")
-    world.reports("w2", 1, "quarantined", "golden_mismatch")
-    world.step()
-    assert world.rollout().state == "halted"
-    assert "w2 quarantined (golden_mismatch)" in world.rollout().text
-    assert world.wire.retained["ew/1/demo/w3/desired"] == b""  # had not taken it up
-    assert world.wire.retained["ew/1/demo/w1/desired"] != b""
-    world.step(later_s=1000)
-    assert len(world.trainer.started) == 1
-
-
 def test_what_was_halted_answers_nothing_and_is_tried_once_more_within_the_budget(world: World) -> None:
     world.to_rollout()
     for attempt in (1, 2):
@@ -435,59 +291,6 @@ def test_what_was_halted_answers_nothing_and_is_tried_once_more_within_the_budge
         for _ in range(4):
             world.step()
     assert len(world.trainer.started) == 2
-
-
-def test_a_rollout_waits_for_its_approval_and_says_which_command_gives_it(world: World) -> None:
-    world.publisher.missing = ["all"]
-    world.to_rollout()
-    for _ in range(5):
-        world.step(later_s=100)
-    assert world.rollout().state == "draft"
-    assert world.wire.retained == {}
-    assert world.story("rollout")[1:] == [f"rollout 1 {world.rollout().text}"]  # said once
-    command = "awaits approval of wrist v1, wrist-accel v1: edgewarden-compressor publish --approve --keys"
-    assert world.rollout().text.startswith(command)
-    assert world.rollout().text.endswith("/builds/1/out/*/*")
-    assert world.rows()[-1] == "running"
-    world.publisher.missing = []
-    world.step(later_s=11)
-    assert world.rollout().state == "running"
-    assert len(world.wire.retained) == 3
-
-
-def test_a_rollout_that_waits_for_its_approval_can_be_halted(world: World) -> None:
-    world.publisher.missing = ["all"]
-    world.to_rollout()
-    with world.database.writing() as tx:
-        plans.change_rollout(tx, world.rollout().id, halt_asked=True)
-    world.step()
-    assert world.rollout().state == "halted"
-    assert world.wire.retained == {}
-
-
-def test_an_operator_halts_a_rollout(world: World) -> None:
-    world.to_rollout()
-    with world.database.writing() as tx:
-        plans.change_rollout(tx, world.rollout().id, halt_asked=True)
-    world.step()
-    assert (world.rollout().state, world.rollout().text) == ("halted", "an operator halted it")
-
-
-def test_desired_documents_are_renewed_by_a_new_host(world: World) -> None:
-    world.to_rollout()
-    before = dict(world.wire.retained)
-    world.wire.retained.clear()
-    world.new_steward().start(now_s=world.now)
-    import json
-
-    assert {t: json.loads(b) for t, b in world.wire.retained.items()} == {t: json.loads(b) for t, b in before.items()}
-
-
-def test_desired_versions_only_grow(world: World) -> None:
-    with world.database.writing() as tx:
-        devices.change(tx, "w1", now_s=NOW, desired_version=41)
-    world.to_rollout()
-    assert world.rollout().versions == {"w1": 42, "w2": 1, "w3": 1}
 
 
 def test_another_cohort_gets_advice_and_no_requests(tmp_path: Path) -> None:
