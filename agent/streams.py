@@ -122,7 +122,8 @@ class Taken:
     reset: Reset | None = None
     first_end_s: float = math.nan
     hop_s: float = 0.0
-    rest: Array | None = None  # becomes the stream's memory
+    rest: Array | None = None  # becomes what the stream keeps...
+    rest_at: int = -1  # ...where it lies in the stream's memory; -1: elsewhere
     last: Array | None = None
 
     def time_s(self, window: int) -> float:
@@ -175,18 +176,13 @@ class Stream:
         skipped = min(base.skip, arrived)
         total = base.filled + arrived - skipped
         count = 0 if total < plan.length else (total - plan.length) // plan.hop + 1
-        joint = self._join(base.filled, total, self._pieces(turn, samples, skipped))
+        joint, at = self._join(base.filled, total, self._pieces(turn, samples, skipped))
         used = count * plan.hop
-        place = replace(
-            base,
-            sequence=base.sequence + len(samples) if sequence is None else sequence + len(samples),
-            samples=base.samples + arrived,
-            windows=base.windows + count,
-            filled=max(0, total - used),
-            skip=base.skip - skipped + max(0, used - total),
-            last_count=len(samples),
-            next_time_s=base_time_s + len(samples) / plan.rate_hz,
-        )
+        place = Place(  # by position: replace() would cost as much as all the rest of this
+            (base.sequence if sequence is None else sequence) + len(samples), base.samples + arrived,
+            base.windows + count, max(0, total - used), base.skip - skipped + max(0, used - total), len(samples),
+            base.gaps, base.made_up, base.dropped, base.resets, base_time_s + len(samples) / plan.rate_hz,
+        )  # fmt: skip
         # where in the request the first window ends: made-up samples lie before it, dropped ones at its begin
         first_end = plan.length - 1 - base.filled + skipped - turn.made_up + turn.dropped
         return Taken(
@@ -199,6 +195,7 @@ class Stream:
             base_time_s + first_end / plan.rate_hz,
             plan.hop / plan.rate_hz,
             joint[min(used, total) :],
+            -1 if at < 0 else at + min(used, total),
             samples[-1],
         )
 
@@ -207,11 +204,9 @@ class Stream:
         self.place = taken.place
         if taken.rest is None or taken.last is None:
             return
-        if np.may_share_memory(taken.rest, self._memory):
-            self._start = self._offset(taken.rest)
-        else:
-            self._start = 0
+        if taken.rest_at < 0:
             self._memory[: len(taken.rest)] = taken.rest
+        self._start = max(taken.rest_at, 0)
         self._last[...] = taken.last
         self._why = None
 
@@ -245,6 +240,8 @@ class Stream:
         """The place the samples are joined to, and the time of the request's first sample."""
         place = self.place
         match turn.reset:
+            case None if not (turn.made_up or turn.dropped):
+                base = place
             case None:
                 base = replace(
                     place,
@@ -281,8 +278,8 @@ class Stream:
             line = begin * (1 - share) + end * share
             return (np.rint(line) if self._form.dtype.kind in "iu" else line).astype(self._form.dtype)
 
-    def _join(self, filled: int, total: int, pieces: tuple[Array, ...]) -> Array:
-        """Kept samples (the last `filled` of them: all or none) and pieces as one array of `total` samples.
+    def _join(self, filled: int, total: int, pieces: tuple[Array, ...]) -> tuple[Array, int]:
+        """Kept samples (the last `filled` of them: all or none) and pieces as one array of `total` samples; its place.
 
         In this stream's own memory where they fit behind what it keeps, which stays untouched until `keep`.
         """
@@ -291,22 +288,18 @@ class Stream:
         if end > len(self._memory):
             joint: Array = np.empty((total, *self._form.shape), self._form.dtype)
             joint[:filled] = self._memory[self._start : self._start + filled]
+            begin = -1
         else:
             if self._start + end > len(self._memory):
                 self._memory[:kept] = self._memory[self._start : self._start + kept]
                 self._start = 0
-            joint = self._memory[self._start + kept - filled : self._start + end]
+            begin = self._start + kept - filled
+            joint = self._memory[begin : self._start + end]
         at = filled
         for piece in pieces:
             joint[at : at + len(piece)] = piece
             at += len(piece)
-        return joint
-
-    def _offset(self, rest: Array) -> int:
-        """Where in memory `rest` begins, in samples."""
-        step = self._memory.strides[0]
-        address = rest.__array_interface__["data"][0] - self._memory.__array_interface__["data"][0]
-        return int(address // step) if len(rest) and step else 0
+        return joint, begin
 
     # --- moving ----------------------------------------------------------------------------------------------
     def dump(self) -> bytes:
