@@ -279,7 +279,7 @@ class Stream:
             return (np.rint(line) if self._form.dtype.kind in "iu" else line).astype(self._form.dtype)
 
     def _join(self, filled: int, total: int, pieces: tuple[Array, ...]) -> tuple[Array, int]:
-        """Kept samples (the last `filled` of them: all or none) and pieces as one array of `total` samples; its place.
+        """Kept samples (the last `filled` of them: all or none) and pieces as one array of `total` ones; its place.
 
         In this stream's own memory where they fit behind what it keeps, which stays untouched until `keep`.
         """

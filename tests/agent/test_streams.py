@@ -211,6 +211,13 @@ def test_a_gap_between_windows_that_do_not_touch() -> None:
     assert windows == cut_all(whole, 3, 7)[1:]
 
 
+def test_windows_begin_anew_right_after_a_gap_whatever_was_to_be_left_out() -> None:
+    stream = Stream(form(3, 9, max_gap_s=0.1))
+    feed(stream, signal(4), sequence=0)
+    windows, taken = feed(stream, signal(5, 20), sequence=20)
+    assert (windows, taken.reset) == (cut_all(signal(5, 20), 3, 9), Reset.GAP)
+
+
 @pytest.mark.parametrize(
     ("datatype", "before", "after", "middle"),
     [("INT16", 10, 13, [11, 12]), ("BOOL", True, False, [True, True]), ("FP16", 0.0, 3.0, [1.0, 2.0])],
@@ -243,6 +250,8 @@ def test_what_came_before_is_dropped_and_told(by: str) -> None:
     assert (ended, taken.dropped, taken.reset) == ([], 4, None)
     ended, taken = feed(stream, whole[4:12], **at(4))
     assert taken.dropped == 2
+    if by == "time":
+        assert [taken.time_s(index) for index in range(3)] == pytest.approx([0.7, 0.9, 1.1])
     assert windows + ended == cut_all(whole, 4, 2)
     assert stream.place.dropped == 6
 

@@ -23,7 +23,7 @@ from agent.frontend.server import HttpRequest, HttpResponse
 from agent.frontend.streams import MAX_WAITING, RUNS_PER_TURN
 from agent.lineup import load_lineup
 from agent.observation import RingReader, RingWriter, create_ring
-from agent.serving import Service, Serving
+from agent.serving import Answer, Done, Request, Service, Serving
 from tests.models import CHANNELS, LENGTH, engine_plan, expected_probability, floor_plan, service_plan
 
 HOP = 4
@@ -421,6 +421,23 @@ def test_streams_move_to_another_worker(stage: Stage, tmp_path: Path) -> None:
             assert other.send(SAMPLES[5:9], name)[0]["ew_stream_reset"] == "moved"
     finally:
         other.close()
+
+
+def test_an_engine_may_use_the_memory_of_its_outputs_again(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = np.zeros((1, 4), np.float32)
+    submit = stage.serving.submit
+
+    def one_memory(request: Request, done: Done) -> None:
+        def copied(result: Answer | ServingError) -> None:
+            assert isinstance(result, Answer)
+            memory[:] = result.outputs[0].array
+            done(replace(result, outputs=(replace(result.outputs[0], array=memory),)))
+
+        submit(request, copied)
+
+    monkeypatch.setattr(stage.serving, "submit", one_memory)
+    _, rows = stage.send(SAMPLES[:28])
+    np.testing.assert_allclose(rows, expected_probability(windows(SAMPLES[:28])), atol=1e-6)
 
 
 def test_outputs_without_an_axis_of_rows_get_one(stage: Stage) -> None:
