@@ -118,6 +118,8 @@ def binary_names(document: InferDocument) -> Callable[[str], bool]:
         for unknown in ("classification", "shared_memory_region"):
             if unknown in output.parameters:
                 raise InvalidRequest(f"output '{output.name}' asks for {unknown}, which is not offered here")
+        if output.name in wishes:
+            raise InvalidRequest(f"output '{output.name[:60]}' is asked for twice")
         wishes[output.name] = bool(output.parameters.get("binary_data", everything))
     return lambda name: wishes.get(name, everything)
 

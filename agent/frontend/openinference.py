@@ -19,7 +19,7 @@ from agent.contract.errors import (
     ServingError,
 )
 from agent.contract.plan import TensorPlan
-from agent.contract.tensors import DATATYPES, Array, Buffer, read_tensors
+from agent.contract.tensors import DATATYPES, Array, Buffer, Tensor, read_tensors
 from agent.frontend.documents import (
     InferDocument,
     answer_response,
@@ -161,7 +161,20 @@ def _read_inputs(service: Service, document: InferDocument, binary: Buffer) -> d
         seen.add(name)
         service.check_input(name, datatype, shape)
 
-    return {tensor.name: tensor.array for tensor in read_tensors(document.inputs, binary, admit=admit)}
+    tensors = read_tensors(document.inputs, binary, admit=admit)
+    for tensor in tensors:
+        if tensor.datatype == "BYTES":
+            _check_texts(tensor)
+    return {tensor.name: tensor.array for tensor in tensors}
+
+
+def _check_texts(tensor: Tensor) -> None:
+    """The runtime's strings are UTF-8; what is not would reach a model as something else."""
+    for index, element in enumerate(tensor.array.ravel()):
+        try:
+            element.decode()
+        except UnicodeDecodeError:
+            raise InvalidRequest(f"element {index} of '{tensor.name}' is not UTF-8") from None
 
 
 def _request(

@@ -292,13 +292,18 @@ class _Refused(Exception):
 
 
 class _Pending:
-    """A request whose response has not been written yet. `size`: body bytes reserved for it."""
+    """A request whose response has not been written yet. `size`: body bytes reserved for it.
 
-    __slots__ = ("closing", "response", "size")
+    `kept`: an HTTP/1.0 client must be told that its connection stays. `headless`: no body may follow (HEAD).
+    """
 
-    def __init__(self, *, closing: bool, size: int = 0) -> None:
+    __slots__ = ("closing", "headless", "kept", "response", "size")
+
+    def __init__(self, *, closing: bool, size: int = 0, kept: bool = False, headless: bool = False) -> None:
         self.closing = closing
         self.size = size
+        self.kept = kept
+        self.headless = headless
         self.response: bytes | None = None
 
 
@@ -449,10 +454,15 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         self._reading_since_ns = 0
         self._ended.append(self._size)
-        pending = _Pending(closing=not self._parser.should_keep_alive(), size=self._reserved_bytes)
+        method = self._parser.get_method().decode("latin-1")
+        pending = _Pending(
+            closing=not self._parser.should_keep_alive(),
+            size=self._reserved_bytes,
+            kept=self._parser.get_http_version() == "1.0",
+            headless=method == "HEAD",
+        )
         self._reserved_bytes = 0
         self._pending.append(pending)
-        method = self._parser.get_method().decode("latin-1")
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns, self._client)
         self._body = []
@@ -563,7 +573,7 @@ class Connection(asyncio.Protocol):
             return
         self._server.release(pending.size)
         pending.closing = pending.closing or self._server.draining
-        pending.response = _encode(response, closing=pending.closing)
+        pending.response = _encode(response, closing=pending.closing, kept=pending.kept, headless=pending.headless)
         while self._pending and self._pending[0].response is not None:
             self._write(self._pending.popleft())
         if self._paused:
@@ -612,7 +622,7 @@ def _json_bytes(headers: dict[str, str], size: int) -> int:
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-def _encode(response: HttpResponse, *, closing: bool) -> bytes:
+def _encode(response: HttpResponse, *, closing: bool, kept: bool = False, headless: bool = False) -> bytes:
     size = sum(map(len, response.parts))
     lines = f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\nContent-Length: {size}\r\n"
     if response.json_bytes:
@@ -623,6 +633,10 @@ def _encode(response: HttpResponse, *, closing: bool) -> bytes:
         lines += f"{name}: {value}\r\n"
     if closing:
         lines += "Connection: close\r\n"
+    elif kept:
+        lines += "Connection: keep-alive\r\n"
+    if headless:
+        return (lines + "\r\n").encode("latin-1")
     return b"".join((lines.encode("latin-1"), b"\r\n", *response.parts))
 
 
