@@ -30,6 +30,7 @@ _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     for kind in (
         plan.Start, plan.Serve, plan.Prefer, plan.Drain, plan.Ping,
         plan.Ready, plan.Preferred, plan.EngineTrouble, plan.Pong, plan.Drained,
+        plan.Inherited,
     )
 }  # fmt: skip
 

@@ -59,12 +59,16 @@ class Patience:
 
 
 class Generation:
-    """Owned by the event loop. `on_frame` hears every frame but Pong; `on_end` hears the end, once."""
+    """Owned by the event loop. `on_frame` hears every frame but Pong; `on_end` hears the end, once.
+
+    `giving`: where it leaves what a successor takes over; goes to the worker.
+    """
 
     def __init__(
         self,
         plan: WorkerPlan,
         patience: Patience,
+        giving: socket.socket,
         *,
         on_frame: Callable[[Generation, FromWorker], None],
         on_end: Callable[[Generation, str], None],
@@ -72,8 +76,10 @@ class Generation:
         self.plan = plan
         self.phase = Phase.STARTING
         self.pid = 0
+        self.has_served = False
         self.statistics: dict[str, float] = {}  # of the newest Pong
         self._patience = patience
+        self._giving = giving
         self._on_frame = on_frame
         self._on_end = on_end
         self._process: asyncio.subprocess.Process | None = None
@@ -87,14 +93,30 @@ class Generation:
     def number(self) -> int:
         return self.plan.generation
 
-    async def live(self, listeners: Sequence[socket.socket], ring: int, environment: Mapping[str, str]) -> None:
-        """Spawn the worker and follow it to its end."""
+    async def live(
+        self,
+        listeners: Sequence[socket.socket],
+        ring: int,
+        environment: Mapping[str, str],
+        *,
+        takings: Mapping[int, socket.socket],
+        after: asyncio.Task[None] | None = None,
+    ) -> None:
+        """Spawn the worker, once `after` has ended, and follow it to its end.
+
+        `takings`: where what each generation leaves is taken, by number; looked at when it is spawned.
+        """
         try:
-            await self._spawn(listeners, ring, environment)
-            await self._listen()
+            if after is not None:
+                await asyncio.wait([after])
+            if not self._killed_because:
+                self._since_s = monotonic_s()
+                await self._spawn(listeners, ring, environment, takings)
+                await self._listen()
         except (EdgewardenError, OSError) as error:
             self.kill(f"could not be started: {getattr(error, 'strerror', None) or error}")
         finally:  # whatever ends it: an end nobody is told of would be waited for for ever
+            self._giving.close()
             reason = await self._bury()
             self.phase = Phase.ENDED
             self._on_end(self, reason)
@@ -102,19 +124,20 @@ class Generation:
     def serve(self) -> None:
         """Let it accept connections."""
         self.phase = Phase.SERVING
+        self.has_served = True
         self._answered = self._nonce
         self._send(Serve())
 
     def prefer(self, service: str, engine: str, reason: str) -> None:
         self._send(Prefer(service, engine, reason))
 
-    def drain(self) -> None:
-        """Let it finish what it answers, and exit."""
+    def drain(self, *, hand_over: bool = False) -> None:
+        """Let it finish what it answers, and exit; `hand_over`: what is idle is left to the next, not closed."""
         if self.phase in (Phase.DRAINING, Phase.ENDED):
             return
         self.phase = Phase.DRAINING
         self._since_s = monotonic_s()
-        self._send(Drain())
+        self._send(Drain(0.8 * self._patience.drain_s, hand_over))
 
     def kill(self, because: str) -> None:
         if self._process is None:  # not spawned yet: it will be killed as soon as it is
@@ -127,7 +150,7 @@ class Generation:
         """Call every `patience.ping_s`: asks for a sign of life and ends what takes too long."""
         waited_s, patience = monotonic_s() - self._since_s, self._patience
         match self.phase:
-            case Phase.STARTING if waited_s > patience.start_s:
+            case Phase.STARTING if self._process is not None and waited_s > patience.start_s:
                 self.kill(f"did not start within {patience.start_s:.0f} s")
             case Phase.DRAINING if waited_s > patience.drain_s:
                 self.kill(f"did not finish draining within {patience.drain_s:.0f} s")
@@ -135,21 +158,24 @@ class Generation:
                 self._ask()
 
     # --- inside ---------------------------------------------------------------------------------------------
-    async def _spawn(self, listeners: Sequence[socket.socket], ring: int, environment: Mapping[str, str]) -> None:
+    async def _spawn(
+        self,
+        listeners: Sequence[socket.socket],
+        ring: int,
+        environment: Mapping[str, str],
+        takings: Mapping[int, socket.socket],
+    ) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            passed = [theirs.fileno(), ring, *(listener.fileno() for listener in listeners)]
-            command = [
-                sys.executable,
-                "-m",
-                "agent.worker",
-                "--channel-fd",
-                str(passed[0]),
-                "--ring-fd",
-                str(passed[1]),
-            ]
-            for descriptor in passed[2:]:
-                command += ["--listen-fd", str(descriptor)]
+            given = [("--channel-fd", theirs.fileno()), ("--ring-fd", ring), ("--giving-fd", self._giving.fileno())]
+            given += [("--listen-fd", listener.fileno()) for listener in listeners]
+            command = [sys.executable, "-m", "agent.worker"]
+            for option, descriptor in given:
+                command += [option, str(descriptor)]
+            others = {number: taking.fileno() for number, taking in takings.items() if number != self.number}
+            for number, descriptor in others.items():
+                command += ["--taking-fd", f"{number}:{descriptor}"]
+            passed = [*(descriptor for _, descriptor in given), *others.values()]
             self._process = await asyncio.create_subprocess_exec(
                 *command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -165,6 +191,7 @@ class Generation:
             raise
         finally:
             theirs.close()
+            self._giving.close()  # now the worker's alone: its end is the end of what it leaves
         if self._killed_because:
             self._process.kill()
         self._send(Start(self.plan))

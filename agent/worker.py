@@ -1,8 +1,10 @@
 """The worker process: composition root of one generation of served models.
 
     python -m agent.worker --channel-fd N --ring-fd N --listen-fd N [--listen-fd N ...]
+                           [--giving-fd N] [--taking-fd GENERATION:N ...]
 
-Started by file descriptors only: the channel to the agent process, the observation ring and the listening sockets.
+Started by file descriptors only: the channel to the agent process, the observation ring, the listening sockets, and
+the ends over which connections and streams come from and go to other generations (`agent.handover`).
 It loads what the plan in `Start` names, says `Ready`, accepts after `Serve`, and ends when the channel closes, after
 `Drain` or SIGTERM, or when a run cannot be stopped. Decides nothing.
 
@@ -17,10 +19,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, assert_never
 
 from agent import clock
@@ -31,6 +34,8 @@ from agent.contract.plan import (
     Drained,
     EngineLoaded,
     EngineTrouble,
+    FromWorker,
+    Inherited,
     Ping,
     Pong,
     Prefer,
@@ -41,13 +46,15 @@ from agent.contract.plan import (
     WorkerPlan,
 )
 from agent.frontend.openinference import OpenInference, body_limit
-from agent.frontend.server import Server
+from agent.frontend.server import Leaving, Server
+from agent.handover import Connection, Connections, Giver, Heir, Taker
 from agent.lineup import load_lineup
 from agent.observation import RingWriter
 from agent.serving import Service, Serving
 
 TROUBLE_INTERVAL_S = 0.25
 DRAIN_LIMIT_S = 30.0
+DESCRIPTORS = 4096
 EXIT_INTERNAL = 1
 EXIT_STUCK = 70  # a run ignored its end order; only a new process helps
 
@@ -55,7 +62,19 @@ EXIT_STUCK = 70  # a run ignored its end order; only a new process helps
 class Worker:
     """One generation: the event loop's side of it."""
 
-    def __init__(self, channel: Channel, ring: RingWriter, listeners: Sequence[socket.socket]) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        ring: RingWriter,
+        listeners: Sequence[socket.socket],
+        *,
+        giving: socket.socket | None = None,
+        takings: Mapping[int, socket.socket] | None = None,
+    ) -> None:
+        """`giving`, `takings`: ends for what is left to a successor and by other generations; owned by the worker."""
+        self._giver = Giver(giving) if giving else None
+        self._takings = dict(takings or {})
+        self._takers: dict[int, Taker] = {}
         self._channel = channel
         self._ring = ring
         self._listeners = listeners
@@ -89,9 +108,9 @@ class Worker:
                     case Ping(nonce=nonce):
                         self._send(Pong(nonce, self.statistics()))
                     case Drain():
-                        await self._drain()
+                        await self._drain(frame)
                         return 0
-                    case Ready() | Preferred() | EngineTrouble() | Pong() | Drained():
+                    case Ready() | Preferred() | EngineTrouble() | Pong() | Drained() | Inherited():
                         raise ContractError(f"a worker was sent a {type(frame).__name__} frame")
                     case _:
                         assert_never(frame)
@@ -145,9 +164,37 @@ class Worker:
         limit = body_limit(self._serving.services.values(), self._plan.max_body_bytes)
         self._api = OpenInference(self._serving)
         self._server = Server(self._api.handle, max_body_bytes=limit)
+        for number, taking in self._takings.items():
+            self._take_over(self._server, number, taking)
+        self._takings.clear()
         for listener in self._listeners:
             self._server.listen(listener)
 
+    # --- hand-over ------------------------------------------------------------------------------------------
+    def _take_over(self, server: Server, number: int, taking: socket.socket) -> None:
+        """Go on with what that generation leaves."""
+
+        def told() -> None:
+            self._send(Inherited(number, **taker.taken))
+
+        taker = self._takers[number] = Taker(taking, Heir(server.adopt, self._adopt_stream, told))
+        taker.start()
+
+    def _adopt_stream(self, service: str, stream: str, state: bytes) -> None:
+        pass
+
+    async def _give(self, leaving: Sequence[Leaving]) -> None:
+        """Leave some connections to the next generation."""
+        if self._giver is None:
+            raise BrokenPipeError
+        between = [one.descriptor for one in leaving if not one.unread]
+        if between:
+            await self._giver.give(Connections(len(between)), between)
+        for one in leaving:
+            if one.unread:
+                await self._giver.give(Connection(one.unread, one.since_ns), [one.descriptor])
+
+    # --- the end --------------------------------------------------------------------------------------------
     def _prefer(self, frame: Prefer) -> None:
         if self._serving is None:
             raise ContractError("a worker was told a preference before it was started")
@@ -158,9 +205,15 @@ class Worker:
         else:
             self._send(Preferred(frame.service, frame.engine))
 
-    async def _drain(self) -> None:
-        if self._server is not None:
-            await self._server.drain(DRAIN_LIMIT_S)
+    async def _drain(self, order: Drain) -> None:
+        for taker in self._takers.values():
+            taker.close()  # what has not been taken yet is for the next generation
+        if self._server is None:
+            pass
+        elif order.hand_over:
+            await self._server.hand_over(self._give, order.limit_s)
+        else:
+            await self._server.drain(order.limit_s)
         self._flush_troubles()
         self._send(Drained(0 if self._plan is None else self._plan.generation))
         await self._channel.drain()
@@ -169,7 +222,7 @@ class Worker:
         """SIGTERM: drain, and leave the way a closed channel does."""
 
         async def leave() -> None:
-            await self._drain()
+            await self._drain(Drain(DRAIN_LIMIT_S))
             await self._channel.close()
 
         self._leaving = asyncio.ensure_future(leave())
@@ -188,7 +241,7 @@ class Worker:
             for trouble in self._serving.take_troubles():
                 self._send(trouble)
 
-    def _send(self, frame: Ready | Preferred | EngineTrouble | Pong | Drained) -> None:
+    def _send(self, frame: FromWorker) -> None:
         try:
             self._channel.send(frame)
         except Overloaded:  # the agent process hangs; serving goes on without it
@@ -201,6 +254,12 @@ class Worker:
             loop.default_exception_handler(context)
 
     def _close(self) -> None:
+        for taker in self._takers.values():
+            taker.close()
+        for taking in self._takings.values():
+            taking.close()
+        if self._giver is not None:
+            self._giver.close()
         if self._trouble_timer is not None:
             self._trouble_timer.cancel()
         if self._server is not None:
@@ -209,12 +268,14 @@ class Worker:
             self._serving.close()
 
 
-async def _main(channel_fd: int, ring_fd: int, listen_fds: Sequence[int]) -> int:
-    channel = await Channel.open(socket.socket(fileno=channel_fd))
-    ring = RingWriter(ring_fd)
-    listeners = [socket.socket(fileno=fd) for fd in listen_fds]
+async def _main(given: argparse.Namespace) -> int:
+    channel = await Channel.open(socket.socket(fileno=given.channel_fd))
+    ring = RingWriter(given.ring_fd)
+    listeners = [socket.socket(fileno=fd) for fd in given.listen_fd]
+    giving = None if given.giving_fd is None else socket.socket(fileno=given.giving_fd)
+    takings = {number: socket.socket(fileno=fd) for number, fd in given.taking_fd}
     try:
-        return await Worker(channel, ring, listeners).run()
+        return await Worker(channel, ring, listeners, giving=giving, takings=takings).run()
     finally:
         await channel.close()
         for listener in listeners:
@@ -227,6 +288,19 @@ def _resident_bytes() -> float:
         return float(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def _allow_descriptors() -> None:
+    """Room for the connections of two generations: the kernel closes what arrives and finds no free descriptor."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
+        wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _numbered(text: str) -> tuple[int, int]:
+    number, _, descriptor = text.partition(":")
+    return int(number), int(descriptor)
+
+
 def _end_process() -> None:
     os._exit(EXIT_STUCK)
 
@@ -237,8 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--channel-fd", type=int, required=True)
     parser.add_argument("--ring-fd", type=int, required=True)
     parser.add_argument("--listen-fd", type=int, action="append", default=[])
+    parser.add_argument("--giving-fd", type=int)
+    parser.add_argument("--taking-fd", type=_numbered, action="append", default=[])
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent process ends us
+    _allow_descriptors()
     factory = None
     with contextlib.suppress(ImportError):
         import uvloop
@@ -246,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         try:
-            return runner.run(_main(given.channel_fd, given.ring_fd, given.listen_fd))
+            return runner.run(_main(given))
         except EdgewardenError as error:
             sys.stderr.write(f"worker: {error.sentence()}\n")
             return error.exit_code

@@ -172,7 +172,13 @@ class Prefer:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Stop accepting, finish what is being answered, exit."""
+    """Stop accepting, finish what is being answered, exit within `limit_s`.
+
+    `hand_over`: leave connections and streams to a successor, which may not be there yet; else connections end.
+    """
+
+    limit_s: float = 30.0
+    hand_over: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,5 +238,16 @@ class Drained:
     generation: int
 
 
+@dataclass(frozen=True, slots=True)
+class Inherited:
+    """Everything `generation` left has been taken over; it has ended. `lost`: descriptors there was no room for."""
+
+    generation: int
+    connections: int
+    streams: int
+    refused: int
+    lost: int
+
+
 ToWorker = Start | Serve | Prefer | Drain | Ping
-FromWorker = Ready | Preferred | EngineTrouble | Pong | Drained
+FromWorker = Ready | Preferred | EngineTrouble | Pong | Drained | Inherited

@@ -1,11 +1,12 @@
 """The agent's side of real worker processes."""
 
 import asyncio
+import contextlib
 import os
 import resource
 import socket
 import tempfile
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,10 +37,12 @@ class Stage:
         self.lost: list[tuple[int, str]] = []
         self.refused: list[int] = []
         self.admitted = True
+        self.fits = True
         self.generations = Generations(
             [self.listener], self.intake, patience or Patience(ping_s=0.05), os.environ, first_number=1,
             on_frame=lambda number, frame: self.frames.append((number, frame)),
             on_lost=lambda number, reason: self.lost.append((number, reason)), admits=self._admits,
+            fits_beside=lambda _bytes: self.fits,
         )  # fmt: skip
 
     def _admits(self, number: int, _ready: Ready) -> bool:
@@ -59,6 +62,11 @@ class Stage:
     async def serving(self, number: int) -> None:
         current = self.generations
         await self.until(lambda: current.current and current.current.number == number)
+
+    async def replaced_by(self, number: int) -> None:
+        """That generation serves, and no other lives."""
+        await self.serving(number)
+        await self.until(lambda: len(self.generations._tasks) == 1)
 
     async def ask(self) -> str:
         def infer() -> str:
@@ -166,7 +174,8 @@ def test_without_a_free_descriptor_the_start_is_told_as_lost_and_the_next_one_wo
         assert not stage.generations.is_starting
         stage.start()
         await stage.serving(2)
-        assert stage.generations.statistics() == {"started": 2, "lost": 1}
+        counted = stage.generations.statistics()
+        assert (counted["started"], counted["lost"]) == (2, 1)
 
     play(story)
 
@@ -182,5 +191,136 @@ def test_a_later_start_replaces_one_that_is_still_coming(pause_s: float) -> None
         assert stage.lost == []
         assert stage.generations.current is not None
         assert stage.generations.current.phase is Phase.SERVING
+
+    play(story)
+
+
+# --- hand-over -----------------------------------------------------------------------------------------------
+REQUEST = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def keep_alive(stage: Stage) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """One connection of a client that has been answered once."""
+    reader, writer = await asyncio.open_unix_connection(str(stage.path))
+    try:
+        await exchange(reader, writer)
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, raw: bytes = REQUEST) -> None:
+    writer.write(raw)
+    await answer(reader)
+
+
+async def answer(reader: asyncio.StreamReader) -> None:
+    async with asyncio.timeout(60):
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200"), head
+        assert b"Connection: close" not in head
+        await reader.readexactly(int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0]))
+
+
+def own_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_connection_lives_through_generations_and_no_descriptor_is_left_behind(*, fits: bool) -> None:
+    async def story(stage: Stage) -> None:
+        stage.fits = fits
+        stage.start()
+        await stage.serving(1)
+        async with keep_alive(stage) as idle, keep_alive(stage) as half:
+            half[1].write(REQUEST[:10])
+            await half[1].drain()
+            before = 0
+            for number in (2, 3, 4, 5):
+                stage.start()
+                await stage.replaced_by(number)
+                await stage.until(lambda: len(stage.generations._takings) == 1)
+                stage.intake.read()
+                stage.intake.read()  # the ring of the one that ended
+                before = before or own_descriptors()
+                assert own_descriptors() == before
+                await exchange(*idle)
+                await exchange(*half, REQUEST[10:] + REQUEST[:10])
+            assert stage.lost == []
+            counted = stage.generations.statistics()
+            assert counted["connections_moved"] == 8
+            assert counted["lean"] == (0 if fits else 4)
+
+    play(story)
+
+
+def test_what_was_left_waits_for_a_successor_when_the_first_one_dies() -> None:
+    async def story(stage: Stage) -> None:
+        stage.fits = False
+        stage.start()
+        await stage.serving(1)
+        async with keep_alive(stage) as idle:
+            stage.start()
+            await stage.until(lambda: stage.generations.current is None)
+            idle[1].write(REQUEST)  # to nobody
+            incoming = stage.generations._incoming
+            assert incoming is not None
+            await stage.until(lambda: incoming.pid)
+            os.kill(incoming.pid, 9)
+            await stage.until(lambda: stage.lost)
+            assert stage.lost == [(2, "killed by signal 9 (SIGKILL)")]
+            stage.start()
+            await stage.serving(3)
+            await answer(idle[0])
+            await exchange(*idle)
+
+    play(story)
+
+
+def test_without_memory_for_two_the_old_one_is_gone_before_the_next_begins() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        stage.fits = False
+        first = stage.generations.current
+        assert first is not None
+        stage.start()
+        incoming = stage.generations._incoming
+        assert incoming is not None
+        asking = asyncio.ensure_future(stage.ask())  # answered by one of the two, whoever accepts it
+        await stage.until(lambda: first.phase is Phase.ENDED or incoming.pid)
+        assert first.phase is Phase.ENDED
+        await stage.serving(2)
+        assert await asking == "wrist"
+        assert stage.lost == []
+
+    play(story)
+
+
+def test_one_that_gives_way_and_does_not_finish_is_no_loss() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        stage.fits = False
+        assert stage.generations.current is not None
+        os.kill(stage.generations.current.pid, 19)  # hangs
+        stage.start()
+        await stage.serving(2)
+        assert stage.lost == []
+
+    play(story, Patience(ping_s=0.05, missed_pings=1000, drain_s=0.3))
+
+
+def test_a_start_while_the_old_one_gives_way_waits_for_it_too() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        stage.fits = False
+        stage.start()
+        stage.start()
+        await stage.replaced_by(3)
+        assert stage.lost == []
+        assert stage.generations.statistics()["lean"] == 1
 
     play(story)
