@@ -35,7 +35,7 @@ SAMPLES: Array = np.random.default_rng(3).normal(size=(8000, CHANNELS)).astype(n
 class Stage:
     """A handler with its serving and its ring."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, *, inline_us: float = 1e9, **changes: Any) -> None:
         changes = {"window": WINDOW} | changes
         plans = [
             service_plan(engine_plan(folder, "wrist", version=3, trouble="raise"), floor_plan(), **changes),
@@ -44,7 +44,7 @@ class Stage:
         self.ring_fd = create_ring()
         self.reader, writer = RingReader(self.ring_fd), RingWriter(self.ring_fd)
         services = [Service(index, plan, load_lineup(plan)[0]) for index, plan in enumerate(plans)]
-        self.serving = Serving(services, writer, stuck_after_s=5, on_unstoppable=lambda: None, inline_us=1e9)
+        self.serving = Serving(services, writer, stuck_after_s=5, on_unstoppable=lambda: None, inline_us=inline_us)
         self.handler = OpenInference(self.serving)
 
     def close(self) -> None:
@@ -163,6 +163,23 @@ def test_many_windows_give_the_event_loop_its_turn(stage: Stage) -> None:
 
     response = asyncio.run(send())
     np.testing.assert_allclose(probability(response), expected_probability(windows(samples)), atol=1e-6)
+
+
+def test_windows_of_a_slow_model_run_on_its_thread_one_after_the_other(tmp_path: Path) -> None:
+    async def send() -> list[list[HttpResponse]]:
+        stage = Stage(tmp_path, inline_us=0.0)
+        try:
+            replies = [stage.post(SAMPLES[at : at + 30], ew_sequence=at) for at in range(0, 120, 30)]
+            last = HttpRequest("DELETE", "/v2/models/wrist/streams/s", {}, b"", clock.monotonic_ns())
+            done = asyncio.Event()
+            stage.handler.handle(last, lambda _: done.set())  # in the same line: behind all the others
+            await asyncio.wait_for(done.wait(), 60)
+            return replies
+        finally:
+            stage.close()
+
+    rows = np.concatenate([probability(reply[0]) for reply in asyncio.run(send())])
+    np.testing.assert_allclose(rows, expected_probability(windows(SAMPLES[:120])), atol=1e-6)
 
 
 def test_gaps_and_double_samples_are_told(stage: Stage) -> None:
