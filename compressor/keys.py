@@ -71,6 +71,10 @@ class KeyRing:
         _write_public(folder, keys)
         return cls(folder, passphrase=passphrase)
 
+    def reload(self) -> None:
+        """Read the list of public keys again: another process may have rotated one. Raises: ConfigError."""
+        self._public = _read_public(self.folder / PUBLIC)
+
     def add_family(self, family: str) -> None:
         """Make the pipeline key of one more family; an existing one is kept. Raises: ContractError, StorageError."""
         name = pipeline_role(check_identifier(family))

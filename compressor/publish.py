@@ -254,7 +254,8 @@ class Repository:
 
     # --- reading --------------------------------------------------------------------------------------------
     def _load(self) -> _State:
-        """Everything as devices see it now, verified role by role."""
+        """Everything as devices see it now, verified role by role, by the keys of now."""
+        self.keys.reload()
         try:
             return self._verified_state()
         except (RepositoryError, ForeignStorageError, OSError, KeyError, ValueError) as error:

@@ -5,7 +5,7 @@ Leaves to others: how they do it (`pipelines`, `approval`, `director`, `broker`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,13 +53,19 @@ class Publisher(Protocol):
 
 
 class Director(Protocol):
-    """Signs what devices obey."""
+    """Signs what devices obey. Every method may raise EdgewardenError."""
 
     def desired(self, **fields: Any) -> bytes:
         """The envelope of a desired document."""
 
     def command(self, **fields: Any) -> bytes:
         """The envelope of a command."""
+
+    def key_id(self) -> str:
+        """Name of the key that signs now; another one after a rotation."""
+
+    def renewed(self, envelope: Mapping[str, Any]) -> bytes:
+        """A stored envelope's document, signed with the present key."""
 
 
 class Wire(Protocol):

@@ -16,9 +16,11 @@ from compressor.config import HostConfig
 from compressor.fleet import rollout as rollouts
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Connection, Database, Row, devices, plans
-from compressor.fleet.means import Means
+from compressor.fleet.means import Director, Means
 
-APPROVAL_LOOK_S = 10.0  # a rollout that waits for its approval looks so often
+DRAFT_LOOK_S = 10.0  # a rollout that cannot be offered yet is looked at so often
+RENEW_LOOK_S = 5.0  # a rotated key is noticed so soon
+RENEWED = frozenset({rollouts.Stand.WAITING, rollouts.Stand.COMMITTED})
 
 
 class Offers:
@@ -26,44 +28,85 @@ class Offers:
 
     def __init__(self, config: HostConfig, database: Database, catalogue: Catalogue, means: Means) -> None:
         self._config, self._database, self._catalogue, self._means = config, database, catalogue, means
-        self._approval_at = 0.0
+        self._renew_at = 0.0
+        self._look_at: dict[int, float] = {}  # rollout -> when its draft is looked at again
+        self._signed_by = ""  # the key that signed everything that is stored, as far as it has to be
 
-    def restore(self) -> None:
-        """Retain again what a former process desired."""
+    def restore(self, now_s: float) -> None:
+        """Retain again what a former process desired, signed with the key of now."""
+        self.renew(now_s)
         with self._database.reading() as tx:
             wanted = [(row.id, row.desired) for row in devices.listed(tx) if row.desired]
         for device, document in wanted:
             self._means.wire.retain(self._means.topics(device).desired, _bytes(document))
+
+    def renew(self, now_s: float) -> None:
+        """After a rotation of the director key: sign anew what devices still have to believe.
+
+        Versions and contents stay. Who is busy with it believed it already, and would begin again; its turn comes
+        when it has committed. What a device refused or undid is not brought up again.
+        """
+        director = self._means.director
+        if director is None or now_s < self._renew_at:
+            return
+        self._renew_at = now_s + RENEW_LOOK_S
+        try:
+            key = director.key_id()
+            if key != self._signed_by:
+                self._renew(director, key, now_s)
+        except EdgewardenError as error:
+            self._means.say("error", "desired", f"cannot sign desired documents anew: {error.sentence()}")
+
+    def _renew(self, director: Director, key: str, now_s: float) -> None:
+        renewed, later = {}, False
+        with self._database.writing() as tx:
+            for row in devices.listed(tx):
+                if row.desired and key not in _signers(row.desired):
+                    where = rollouts.stand(row.desired_version, _said(row))
+                    later = later or where is rollouts.Stand.BUSY
+                    if where in RENEWED:
+                        renewed[row.id] = director.renewed(row.desired)
+            for device, document in renewed.items():
+                devices.change(tx, device, now_s=now_s, desired=json.loads(document))
+            if renewed:
+                whose = ", ".join(sorted(renewed))
+                text = f"signed anew with the director key {key[:12]}: {whose}"
+                self._means.note(tx, "desired", text, now_s)
+        for device, document in renewed.items():
+            self._means.wire.retain(self._means.topics(device).desired, document)
+        self._signed_by = "" if later else key
 
     def advance(self, now_s: float) -> None:
         """Offer what is drafted and approved; judge what is under way by what its devices report."""
         with self._database.reading() as tx:
             open_ = plans.rollouts(tx, states=plans.OPEN_ROLLOUTS)
             said = {row.id: _said(row) for row in devices.listed(tx)} if open_ else {}
+        self._look_at = {row.id: self._look_at[row.id] for row in open_ if row.id in self._look_at}
         for row in open_:
             before = self._rollout(row)
             if row.state == "draft" and not row.halt_asked:
-                if self._is_approved(row, now_s):
-                    self._offer(row, before, now_s)
+                self._try_to_offer(row, before, now_s)
                 continue
             heard = {device: words for device, words in said.items() if words is not None}
             after = rollouts.advance(before, heard, now=now_s, halt=bool(row.halt_asked))
             if after is not before:
                 self._save(row, after, now_s)
 
+    def _try_to_offer(self, row: Row[Any], before: rollouts.Rollout, now_s: float) -> None:
+        if now_s < self._look_at.get(row.id, 0.0):
+            return
+        self._look_at[row.id] = now_s + DRAFT_LOOK_S
+        try:
+            if self._is_approved(row, now_s):
+                self._offer(row, before, now_s)
+        except EdgewardenError as error:
+            self._means.say("error", "rollout", f"cannot offer rollout {row.id}: {error.sentence()}")
+
     def _is_approved(self, row: Row[Any], now_s: float) -> bool:
         """Devices would take it; until then it stays a draft whose text says which command approves it."""
-        publisher = self._means.publisher
-        if publisher is None:
+        if self._means.publisher is None:
             return True
-        if row.text and now_s < self._approval_at:
-            return False
-        self._approval_at = now_s + APPROVAL_LOOK_S
-        try:
-            missing = publisher.unapproved(row.service, list(row.artifacts.values()), row.devices)
-        except EdgewardenError as error:
-            self._means.say("error", "rollout", f"cannot see what is approved: {error.sentence()}")
-            return False
+        missing = self._means.publisher.unapproved(row.service, list(row.artifacts.values()), row.devices)
         if missing and not row.text:
             self._await_approval(row, missing, now_s)
         return not missing
@@ -150,6 +193,10 @@ def _said(device: Row[Any]) -> rollouts.Said | None:
         state=str(reported.get("update_state", "")),
         code=str(reported.get("code", "")),
     )
+
+
+def _signers(envelope: Any) -> list[str]:
+    return [str(signature.get("keyid", "")) for signature in envelope.get("signatures", ())]
 
 
 def _bytes(document: Any) -> bytes:

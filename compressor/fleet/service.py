@@ -22,7 +22,6 @@ import uvicorn
 from starlette.applications import Starlette
 
 from agent import clock
-from agent.contract.desired import Desired, SignedCommand, seal
 from agent.contract.errors import ConfigError, EdgewardenError
 from compressor.config import HostConfig
 from compressor.files import storage_error
@@ -46,19 +45,6 @@ MAX_CONNECTIONS = 256
 LEAST_TOKEN = 16  # characters
 
 Say = Callable[[str, str, str], None]
-
-
-class KeyDirector:
-    """Signs desired documents and commands with the director key."""
-
-    def __init__(self, private: Any) -> None:
-        self._private = private
-
-    def desired(self, **fields: Any) -> bytes:
-        return seal(Desired(**fields), self._private)
-
-    def command(self, **fields: Any) -> bytes:
-        return seal(SignedCommand(**fields), self._private)
 
 
 class Changes:
@@ -291,10 +277,11 @@ def _settings(app: Starlette, certificate: str, key: str) -> uvicorn.Config:
 def open_repository(config: HostConfig) -> tuple[Publisher, Director]:
     """The signed repository and its director. Raises: ConfigError."""
     from compressor.fleet.approval import SignedRepository
+    from compressor.fleet.director import KeyDirector
     from compressor.keys import KeyRing
 
     ring = KeyRing(Path(config.repository.keys))
-    return SignedRepository(Path(config.repository.folder), ring), KeyDirector(ring.private("director"))
+    return SignedRepository(Path(config.repository.folder), ring), KeyDirector(ring)
 
 
 def make_trainer(config: HostConfig) -> Trainer | None:

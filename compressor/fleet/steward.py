@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.contract.artifact import Artifact, open_artifact
-from agent.contract.errors import EdgewardenError, LinkError, StorageError
+from agent.contract.errors import EdgewardenError, StorageError
 from compressor.config import HostConfig
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Connection, Database, Row, devices, messages, plans, timeline
@@ -47,7 +47,7 @@ class Steward:
         with self._database.writing() as tx:
             for job in plans.jobs(tx, states=("running",)):
                 self._resume(tx, job, now_s)
-        self._offers.restore()
+        self._offers.restore(now_s)
 
     def step(self, replies: Sequence[ReplySeen], *, now_s: float) -> bool:
         """Everything that is due; True when something changed."""
@@ -56,6 +56,7 @@ class Steward:
         self._settle_samples(replies, now_s)
         self._decide(now_s)
         self._run_jobs(now_s)
+        self._offers.renew(now_s)
         self._offers.advance(now_s)
         return self._last_row() != before
 
@@ -112,14 +113,15 @@ class Steward:
             "upload": f"{self._means.public_url()}/samples/{device}/{name}",
         }  # fmt: skip
         topics = self._means.topics(device)
-        envelope = self._means.director.command(
-            device=device, op="sample", seq=seq, not_after=now_s + timeout_s, nonce=secrets.token_hex(16), body=body
-        )
         try:
+            nonce = secrets.token_hex(16)
+            envelope = self._means.director.command(
+                device=device, op="sample", seq=seq, not_after=now_s + timeout_s, nonce=nonce, body=body
+            )
             self._means.wire.command(
                 topics.command("sample"), envelope, answer_to=topics.response("sample"), expiry_s=timeout_s
             )
-        except LinkError as error:
+        except EdgewardenError as error:
             self._means.say("warning", "sample", error.sentence())
             with self._database.writing() as tx:
                 plans.remove_sample(tx, name)

@@ -143,6 +143,28 @@ def test_every_step_is_stored_before_it_is_told_and_told_once(world: World) -> N
     site.store.close()
 
 
+def test_the_same_document_signed_anew_after_a_key_rotation_moves_nothing(world: World) -> None:
+    digest = published(world, version=2)
+    site = Site(world)
+
+    async def story() -> None:
+        site.begin()
+        with serving(world.repository.folder) as server:
+            site.updater.desired(wish(digest, server.url), "director")
+            await site.until(State.COMMITTED)
+            moved = site.updater.lifecycle.update
+            site.updater.desired(wish(digest, server.url), "its successor")
+            await site.until(State.COMMITTED)
+        after = site.updater.lifecycle.update
+        assert (after.installed, after.previous) == (moved.installed, moved.previous)
+        assert after.seen["its successor"] == 1
+
+    play(story)
+    assert site.changes == [2]
+    assert site.reports[-1]["update_state"] == "committed"
+    site.store.close()
+
+
 def test_a_full_disk_holds_up_the_update_until_its_state_can_be_stored(world: World) -> None:
     digest = published(world, version=2)
     site = Site(world)

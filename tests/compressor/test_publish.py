@@ -234,6 +234,16 @@ def test_a_rotated_key_is_worth_nothing(world: World, name: str) -> None:
     world.publish(version=2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_publisher_that_runs_while_a_key_is_rotated_beside_it_goes_on(world: World, name: str) -> None:
+    running = Repository(world.repository.folder, KeyRing(world.keys.folder))
+    world.publish()
+    running.published()
+    world.repository.rotate(name, now_s=NOW_S)
+    assert running.refresh_online(now_s=NOW_S + 5 * DAY_S)
+    assert [entry.version for entry in running.published()] == [1]
+
+
 def _newest(world: World, role: str) -> Path:
     return max((world.repository.folder / "metadata").glob(f"*.{role}.json"), key=_number)
 

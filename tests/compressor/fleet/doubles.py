@@ -6,7 +6,7 @@ import io
 import json
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,14 +204,25 @@ class FakePublisher:
         return digest
 
 
+@dataclass
 class FakeDirector:
-    """Signs nothing, but keeps the documents' form."""
+    """Signs nothing, but keeps the documents' form and names its key."""
+
+    key: str = "first"
+    failure: Exception | None = None
+
+    def key_id(self) -> str:
+        if self.failure is not None:
+            raise self.failure
+        return self.key
 
     def desired(self, **fields: Any) -> bytes:
-        return json.dumps({"signed": fields, "signatures": []}).encode()
+        return json.dumps({"signed": fields, "signatures": [{"keyid": self.key_id(), "sig": ""}]}).encode()
 
-    def command(self, **fields: Any) -> bytes:
-        return json.dumps({"signed": fields, "signatures": []}).encode()
+    command = desired
+
+    def renewed(self, envelope: Mapping[str, Any]) -> bytes:
+        return self.desired(**envelope["signed"])
 
 
 @dataclass

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
+from agent.contract.errors import ConfigError
 from compressor.fleet.database import devices, plans
-from tests.compressor.fleet.doubles import NOW
+from tests.compressor.fleet.doubles import DEVICES, NOW
 from tests.compressor.fleet.world import World
 
 
@@ -71,3 +72,59 @@ def test_desired_versions_only_grow(world: World) -> None:
         devices.change(tx, "w1", now_s=NOW, desired_version=41)
     world.to_rollout()
     assert world.rollout().versions == {"w1": 42, "w2": 1, "w3": 1}
+
+
+def test_a_rotated_director_key_signs_anew_what_devices_still_have_to_believe(world: World) -> None:
+    world.to_rollout()
+    before = world.desired()
+    world.reports("w1", 1, "committed")
+    world.reports("w2", 1, "fetching")  # w3 has not heard of it yet
+    world.director.key = "second"
+    world.step(later_s=6)
+    after = world.desired()
+    assert {device: key for device, (key, _) in after.items()} == {"w1": "second", "w2": "first", "w3": "second"}
+    assert {device: body for device, (_, body) in after.items()} == {d: body for d, (_, body) in before.items()}
+    assert world.story("desired")[-1] == "signed anew with the director key second: w1, w3"
+    world.reports("w2", 1, "committed")
+    world.reports("w3", 1, "committed")
+    world.step(later_s=6)
+    assert world.desired()["w2"][0] == "second"
+    world.step(later_s=31)
+    assert world.rollout().state == "completed"
+
+
+def test_what_a_device_undid_is_not_brought_up_again_by_a_rotation(world: World) -> None:
+    world.to_rollout()
+    world.reports("w1", 1, "rolled_back", "engine_failed")
+    world.step()
+    world.director.key = "second"
+    world.step(later_s=6)
+    assert world.desired()["w1"][0] == "first"
+
+
+def test_a_key_rotated_while_the_host_was_away_is_taken_up_at_its_start(world: World) -> None:
+    world.to_rollout()
+    world.wire.retained.clear()
+    world.director.key = "second"
+    world.new_steward().start(now_s=world.now)
+    assert {key for key, _ in world.desired().values()} == {"second"}
+
+
+def test_a_director_key_that_cannot_be_read_holds_up_nothing_else(world: World) -> None:
+    world.director.failure = ConfigError("cannot read the key director.pem")
+    for device in DEVICES:
+        world.drifts(device)
+    world.step()
+    with world.database.reading() as tx:
+        assert plans.samples(tx) == []  # nobody was asked, and everybody still may be
+    world.director.failure = None
+    world.step()
+    for device in DEVICES:
+        world.delivers(device)
+    world.director.failure = ConfigError("cannot read the key director.pem")
+    for _ in range(5):
+        world.step()
+    assert (world.job().state, world.rollout().state) == ("done", "draft")
+    world.director.failure = None
+    world.step(later_s=11)
+    assert world.rollout().state == "running"

@@ -16,12 +16,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from agent.contract.desired import open_command, open_desired
+from agent.contract.desired import Desired, open_command, open_desired
 from agent.contract.errors import ConfigError, StateLocked
 from agent.contract.repository import FamilyPolicy
-from agent.contract.signed import key_id
+from agent.contract.signed import key_id, signers
 from compressor.config import HostConfig
-from compressor.fleet.database import plans, timeline
+from compressor.fleet.database import devices, plans, timeline
 from compressor.fleet.service import Service, read_token
 from compressor.keys import KeyRing
 from compressor.publish import Repository
@@ -165,6 +165,33 @@ def test_three_new_wearers_get_their_update_without_hands(host: Host, device: Ma
     assert served(host, "/repository/metadata/2.pipeline-wrist.json") == 200
 
 
+def test_a_director_key_rotated_beside_the_running_host_reaches_who_waits(host: Host, device: Maker) -> None:
+    """By another process, as `edgewarden-compressor keys rotate director` does; the device sleeps meanwhile."""
+    config = host.service.config
+    with host.service.database.writing() as tx:
+        devices.change(tx, "w1", now_s=0.0)
+        fields = {"cohort": "canary", "service": "wrist", "devices": ["w1"], "versions": {}, "state": "draft",
+                  "artifacts": {"wrist": "ab" * 32}, "order": ["wrist"], "created_at": 0.0, "since": 0.0}  # fmt: skip
+        number = plans.add_rollout(tx, job=None, text="", **fields)
+    repository = Repository(Path(config.repository.folder), KeyRing(Path(config.repository.keys)))
+    w1 = device("w1")
+
+    def desired(keys: dict[str, str]) -> Desired:
+        """The next one signed by these keys; the broker still keeps those of other tests' hosts."""
+        while not signers(envelope := w1.next("desired", timeout_s=30), keys):
+            pass
+        return open_desired(envelope, keys, device="w1")
+
+    before = desired(host.director_keys)
+    assert before.rollout == str(number)
+    for name in ("director", "root1", "snapshot"):
+        repository.rotate(name)
+    public = repository.keys.public("director")
+    assert desired({key_id(public): public.hex()}) == before
+    host.service.steward.tidy(now_s=0.0)
+    assert not [words for words in host.said if words[0] == "error"]
+
+
 def test_two_hosts_on_one_database_are_one_too_many(host: Host, broker: Broker, folder: Path) -> None:
     with pytest.raises(StateLocked, match=f"process {os.getpid()}"):
         Host(config_of(broker, folder))
@@ -205,7 +232,6 @@ def test_the_token_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> N
 
 
 def test_an_enrolled_device_may_speak_at_once(host: Host, broker: Broker) -> None:
-    from compressor.fleet.database import devices
     from compressor.fleet.tokens import hash_token, new_token
 
     token = new_token()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class World:
         self.folder = folder
         self.config = config_of(folder, **regeneration)
         self.database = Database(self.config.host.folder)
-        self.trainer, self.wire = FakeTrainer(), FakeWire()
+        self.trainer, self.wire, self.director = FakeTrainer(), FakeWire(), FakeDirector()
         self.publisher = FakePublisher(folder / "repository")
         self.now = NOW
         self.seq = 0
@@ -56,7 +57,7 @@ class World:
 
     def new_steward(self) -> Steward:
         means = Means(
-            trainer=self.trainer, publisher=self.publisher, director=FakeDirector(), wire=self.wire,
+            trainer=self.trainer, publisher=self.publisher, director=self.director, wire=self.wire,
             topics=lambda device: Topics(FLEET, device), public_url=lambda: "http://host:1",
             say=lambda *_words: None,
         )  # fmt: skip
@@ -126,6 +127,11 @@ class World:
     def rollout(self) -> Any:
         with self.database.reading() as tx:
             return plans.rollouts(tx)[-1]
+
+    def desired(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Device -> the key that signed what is retained for it, and what that says."""
+        found = {topic.split("/")[3]: json.loads(body) for topic, body in self.wire.retained.items() if body}
+        return {device: (body["signatures"][0]["keyid"], body["signed"]) for device, body in found.items()}
 
     def job(self) -> Any:
         with self.database.reading() as tx:
