@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.config import AgentConfig, ServiceSection
-from agent.contract.artifact import Artifact, Budget, Manifest, View, open_artifact
+from agent.contract.artifact import Artifact, Manifest, View, open_artifact, promised, running
 from agent.contract.errors import ArtifactError, Incompatible
 from agent.contract.plan import (
     ChannelPlan,
@@ -19,6 +19,7 @@ from agent.contract.plan import (
     EnginePlan,
     GuardPlan,
     GuardPolicy,
+    RuntimePlan,
     ServicePlan,
     TensorPlan,
     ViewPlan,
@@ -28,6 +29,7 @@ from agent.decisions.choice import Card, read_card
 from agent.decisions.fallback import Limits
 from agent.decisions.service import ServicePolicy
 from agent.drift import Reference, load_reference
+from agent.modelcache import FOLDER as CACHE
 from agent.monitor import MonitorPlan
 
 
@@ -77,13 +79,26 @@ def configured_folders(section: ServiceSection) -> tuple[Path, ...]:
     return (section.artifact, *section.fallbacks, *([Path(section.floor)] if section.floor else []))
 
 
+def configured_runtime(config: AgentConfig, section: ServiceSection) -> RuntimePlan:
+    """How the configuration wants a service's engines to be run; what an artifact brings comes on top (`running`)."""
+    return RuntimePlan(
+        threads=section.threads,
+        providers=tuple(config.serving.providers),
+        spin=config.serving.spin,
+        memory_bytes=config.serving.memory_mb * 1_000_000,
+        control_flow=tuple(section.control_flow),
+        cache_folder=str((config.state.folder / CACHE).absolute()),
+    )
+
+
 def _service(config: AgentConfig, section: ServiceSection, index: int, folders: Sequence[Path]) -> Blueprint:
     artifacts, problems = _open_all(section, folders)
     active = artifacts[0].manifest
     reference, reference_problem = _reference(artifacts[0])
     problems += [reference_problem] if reference_problem else []
     guard = _guard(config, active, reference)
-    engines = tuple(_engine(artifact, section.threads) for artifact in artifacts)
+    runtime = configured_runtime(config, section)
+    engines = tuple(_engine(artifact, runtime) for artifact in artifacts)
     plan = ServicePlan(
         service=section.name,
         engines=engines,
@@ -94,6 +109,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         deadline_ms=section.deadline_ms,
         queue_limit=section.queue_limit,
         floor_status=config.serving.floor_status,
+        placement=section.placement,
         window=_window(section, active),
     )
     channels = tuple(channel.name for channel in guard.channels) if guard else ()
@@ -191,15 +207,8 @@ def _watched_view(manifest: Manifest, reference: Reference | None) -> View | Non
     return next((view for view in manifest.views if tuple(view.features) == reference.features), None)
 
 
-def promised(manifest: Manifest) -> Budget:
-    """The budget of the device class the artifact was chosen for."""
-    chosen = manifest.choice.device_class if manifest.choice else ""
-    fitting = [budget for budget in manifest.budgets if budget.device_class == chosen] or manifest.budgets
-    return fitting[0] if fitting else Budget(device_class=chosen)
-
-
 # --- plans -------------------------------------------------------------------------------------------------
-def _engine(artifact: Artifact, threads: int) -> EnginePlan:
+def _engine(artifact: Artifact, runtime: RuntimePlan) -> EnginePlan:
     manifest = artifact.manifest
     hidden = {view.output for view in manifest.views if view.source == "graph"}
     model = manifest.blobs.get("model")
@@ -219,8 +228,8 @@ def _engine(artifact: Artifact, threads: int) -> EnginePlan:
             ViewPlan(view.name, view.output, len(view.features)) for view in manifest.views if view.source == "graph"
         ),
         floor_outputs=manifest.floor_outputs,
-        threads=threads,
         reads=() if manifest.kind == "floor" else tuple(manifest.reads) or None,
+        runtime=running(manifest, runtime),
     )
 
 

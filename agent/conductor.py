@@ -20,7 +20,7 @@ from agent import VERSION
 from agent.blueprint import Blueprint
 from agent.clock import monotonic_ns, monotonic_s, wall_s
 from agent.contract.errors import StorageError
-from agent.contract.plan import EngineTrouble, FromWorker, Ready, ServicePlan
+from agent.contract.plan import EngineLoaded, EngineTrouble, FromWorker, Ready, ServicePlan
 from agent.decisions.events import (
     Activate,
     AgentStarted,
@@ -132,6 +132,7 @@ class Conductor:
         self._stopping = False
         self._unsaved: dict[str, Any] | None = None
         self._usable: dict[str, tuple[str, ...]] = {}
+        self.loaded: dict[tuple[str, str], EngineLoaded] = {}  # of the newest worker, by service and engine
         self._told_ready = False
         self._next_save_s = self._next_reserve_s = 0.0
         self.faults = 0  # of our own, counted by the process's loop
@@ -426,6 +427,7 @@ class Conductor:
             services,
             max_body_bytes=self._parts.config.serving.max_body_bytes,
             stuck_after_s=self._parts.config.worker.stuck_after_s,
+            cpus=self._parts.config.serving.cpus,
         )
         self._parts.journal.info("worker.starting", "a worker loads its engines", generation=number)
         return number
@@ -445,7 +447,12 @@ class Conductor:
     def _worker_ready(self, ready: Ready) -> None:
         change = self._change if self._change is not None and self._change.number == ready.generation else None
         usable: dict[str, tuple[str, ...]] = {one.name: () for one in self._parts.blueprints}
+        self.loaded = {(loaded.service, loaded.engine): loaded for loaded in ready.engines}
         for loaded in ready.engines:
+            if loaded.note:
+                self._parts.journal.warning(
+                    "engine.provider", loaded.note, service=loaded.service, engine=loaded.engine
+                )
             if loaded.golden_ok:
                 usable[loaded.service] += (loaded.engine,)
             else:

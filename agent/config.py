@@ -17,7 +17,7 @@ from pydantic import AfterValidator, Field
 from agent.configuring import CaSource, FilePath, Identifier, Loaded, OptionalPath, Section, check_pair, load
 from agent.contract.artifact import MANIFEST
 from agent.contract.errors import ConfigError
-from agent.contract.plan import GapPolicy, GuardPolicy
+from agent.contract.plan import GapPolicy, GuardPolicy, Placement
 from agent.contract.topics import Topics
 from agent.settings import Settings
 
@@ -66,6 +66,25 @@ class ServingSection(Section):
         pattern=r"^$|^.+:[0-9]{1,5}$",
         description="HOST:PORT to serve on as well (IPv6 in brackets; port 0 = any free one); empty = none.",
     )
+    providers: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9]{1,64}$")]] = Field(
+        default=[],
+        max_length=8,
+        description="Execution providers to compute on, best first (`CUDA`, `XNNPACK`...); the CPU does what they "
+        "cannot, and everything when they are not there, which `status` and `doctor` say.",
+    )
+    memory_mb: int = Field(
+        default=0,
+        ge=0,
+        le=1_000_000,
+        description="Most memory one engine may take while it is loaded and proven, MB; 0 = what its artifact "
+        "promises, else what the device has.",
+    )
+    spin: bool = Field(
+        default=False, description="Waiting threads of an engine stay awake: a little faster, a core each busy."
+    )
+    cpus: list[Annotated[int, Field(ge=0, le=4095)]] = Field(
+        default=[], max_length=256, description="The only CPUs the worker runs on; empty = all."
+    )
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, le=1 << 31, description="Largest request body.")
     floor_status: Literal[200, 503] = Field(default=200, description="HTTP status of an answer by the floor.")
 
@@ -81,7 +100,18 @@ class ServiceSection(Section):
         default=1000.0, gt=0, le=600_000, description="A request is answered or refused within this."
     )
     queue_limit: int = Field(default=64, ge=1, le=4096, description="Requests that may wait before 503.")
-    threads: int = Field(default=1, ge=1, le=64, description="CPU threads of each engine.")
+    threads: int = Field(
+        default=0, ge=0, le=64, description="CPU threads of each engine; 0 = chosen by measurement at its first load."
+    )
+    placement: Placement = Field(
+        default=Placement.AUTO,
+        description="Where its engines run: on the event loop's thread (`inline`), on a thread of their own "
+        "(`thread`), or by the time they take (`auto`).",
+    )
+    control_flow: list[Literal["If", "Loop", "Scan", "SequenceMap"]] = Field(
+        default=[],
+        description="Operators with graphs inside that its models may use, beside those their manifests name.",
+    )
     gap_policy: GapPolicy = Field(
         default=GapPolicy.HOLD,
         description="Samples missing in a stream: repeat the last one before them (`hold`), draw a straight line "

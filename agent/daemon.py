@@ -134,8 +134,9 @@ class Daemon:
 
     def _sources(self) -> page.Sources:
         conductor = self._conductor
+        steering = conductor.steering.status()
         return page.Sources(
-            self._parts, conductor.generations, conductor.clock.now_s(), conductor.faults, conductor.steering.status()
+            self._parts, conductor.generations, conductor.clock.now_s(), conductor.faults, steering, conductor.loaded
         )
 
 

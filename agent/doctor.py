@@ -58,6 +58,7 @@ def examine(config_file: Path, environment: Mapping[str, str]) -> Iterator[Findi
     yield Finding("config", Verdict.OK, f"{config_file} is valid")
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("artifacts", lambda: _artifacts(config)),
+        ("runtime", lambda: _runtime(config)),
         ("state", lambda: _state(config)),
         ("sockets", lambda: _sockets(config)),
         ("broker", lambda: _broker(config, environment)),
@@ -95,6 +96,27 @@ def _artifacts_of(config: AgentConfig, section: ServiceSection) -> Iterator[Find
     if blueprint.reference is None:
         text = f"{blueprint.name}: drift is not watched, the artifact has no reference for its view"
         yield Finding("artifacts", Verdict.WARN, text, "Build the artifact with a reference.")
+
+
+def _runtime(config: AgentConfig) -> Iterator[Finding]:
+    """What engines will be run on, beside what is asked for."""
+    from agent.engine import CPU, available_bytes, full_name, runtime_version, usable_providers
+
+    here = usable_providers()
+    text = f"onnxruntime {runtime_version()} on {', '.join(here)}"
+    missing = [full_name(name) for name in config.serving.providers if full_name(name) not in here]
+    if missing:
+        text += f"; {', '.join(missing)} was asked for and is not there: {here[0] if here else CPU} is used instead"
+        yield Finding("runtime", Verdict.WARN, text, "Install a runtime that has it, or take it out of the list.")
+    else:
+        yield Finding("runtime", Verdict.OK, text)
+    free, wanted = available_bytes(), config.serving.memory_mb * 1_000_000
+    if free is not None and free < wanted:
+        text = f"{free / 1e6:.0f} MB of memory are free, serving.memory_mb allows an engine {wanted / 1e6:.0f}"
+        yield Finding("runtime", Verdict.WARN, text, "Free memory, or lower serving.memory_mb.")
+    cpus = sorted(set(config.serving.cpus) - os.sched_getaffinity(0))
+    if cpus:
+        yield Finding("runtime", Verdict.WARN, f"serving.cpus names {cpus}, which this device does not have")
 
 
 def _state(config: AgentConfig) -> Iterator[Finding]:

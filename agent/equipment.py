@@ -9,6 +9,7 @@ what it knows of the world (broken sensors, heat, an operator's pin) and forgets
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,14 @@ class Depot:
         except (OSError, ArtifactError):
             manifest = None
         return f"{manifest.name} v{manifest.version}" if manifest else digest[:12]
+
+    def models(self) -> frozenset[str]:
+        """sha256 of every model that lies here, for pruning what was kept about others; other blobs may be in it."""
+        found = set(self._slots.stored()) if self._slots is not None else set()
+        for folder in self.factory.values():
+            with contextlib.suppress(OSError, ArtifactError):
+                found |= {blob.sha256 for blob in parse_manifest((folder / MANIFEST).read_bytes()).blobs.values()}
+        return frozenset(found)
 
     def _take_in(self, section: ServiceSection) -> None:
         """Digests of what is configured; a manifest that cannot be read is told when it should serve."""

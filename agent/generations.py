@@ -62,12 +62,19 @@ class Generations:
     def is_starting(self) -> bool:
         return self._incoming is not None
 
-    def start(self, services: tuple[ServicePlan, ...], *, max_body_bytes: int, stuck_after_s: float) -> int:
+    def start(
+        self,
+        services: tuple[ServicePlan, ...],
+        *,
+        max_body_bytes: int,
+        stuck_after_s: float,
+        cpus: Sequence[int] = (),
+    ) -> int:
         """Begin a new generation beside the current one; one that was still coming is given up.
 
         One that cannot even begin is told as lost like any other.
         """
-        plan = WorkerPlan(self._next_number, services, max_body_bytes, stuck_after_s)
+        plan = WorkerPlan(self._next_number, services, max_body_bytes, stuck_after_s, tuple(cpus))
         self._next_number += 1
         self._counts["started"] += 1
         try:

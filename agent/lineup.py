@@ -6,13 +6,17 @@ serve. Which engine should be first is decided by the agent process.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent import clock
 from agent.contract.errors import ArtifactError, EngineFailed, Incompatible, UnknownModel
-from agent.contract.plan import EngineKind, EngineLoaded, EnginePlan, ServicePlan, TensorPlan
-from agent.engine import Engine, FloorEngine, Golden, OnnxEngine, check_golden, load_golden
+from agent.contract.plan import EngineKind, EngineLoaded, EnginePlan, Placement, ServicePlan, TensorPlan
+from agent.contract.tensors import Array
+from agent.engine import Engine, FloorEngine, Golden, OnnxEngine, bounded, check_golden, load_golden, prepare
+
+INLINE_US = 300.0  # quicker runs cost less than handing them to another thread and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,8 @@ class Lineup:
 
     @property
     def slowest_us(self) -> float:
-        """Warm time of the slowest engine: decides whether runs may happen on the event loop."""
-        return max((seat.engine.warm_us for seat in self.seats), default=0.0)
+        """What a warm run of the slowest engine takes (p95): decides whether runs may happen on the event loop."""
+        return max((seat.engine.p95_us for seat in self.seats), default=0.0)
 
 
 def load_lineup(service: ServicePlan) -> tuple[Lineup, tuple[EngineLoaded, ...]]:
@@ -61,45 +65,61 @@ def load_lineup(service: ServicePlan) -> tuple[Lineup, tuple[EngineLoaded, ...]]
         if seat is not None:
             seats.append(seat)
     lineup = Lineup(tuple(seats))
+    placement = placed(service, lineup)
+    reports = [replace(report, placement=placement) if report.threads else report for report in reports]
     if any(seat.plan.engine == service.active for seat in seats):
         return lineup.prefer(service.active, active=service.active, reason=""), tuple(reports)
     return replace(lineup, reason=f"switched: {service.active} is not usable"), tuple(reports)
 
 
+def placed(service: ServicePlan, lineup: Lineup) -> Placement:
+    """Where single rows of a service are run: as configured, else by the slowest of its engines."""
+    if service.placement is not Placement.AUTO:
+        return service.placement
+    return Placement.INLINE if lineup.slowest_us < INLINE_US else Placement.THREAD
+
+
 def _load(service: ServicePlan, index: int, plan: EnginePlan) -> tuple[Seat | None, EngineLoaded]:
     start = clock.monotonic_ns()
     try:
-        golden = load_golden(Path(plan.golden_path)) if plan.golden_path else None
-        engine = _build(plan, golden)
-        _check_siblings(service.engines[0], plan)
-        wrong = "" if golden is None else check_golden(engine, golden).text
+        with bounded(plan.engine, plan.runtime.memory_bytes) as meter:
+            golden = load_golden(Path(plan.golden_path)) if plan.golden_path else None
+            engine = _build(plan, golden)
+            _check_siblings(service.engines[0], plan)
+            wrong = "" if golden is None else check_golden(engine, golden).text
     except (ArtifactError, EngineFailed) as error:
         return None, EngineLoaded(
             service.service, plan.engine, 0.0, golden_ok=False, error_code=error.code, error=error.sentence()
         )
-    elapsed_ms = (clock.monotonic_ns() - start) / 1e6
     report = EngineLoaded(
         service.service,
         plan.engine,
-        elapsed_ms,
+        (clock.monotonic_ns() - start) / 1e6,
         golden_ok=not wrong,
         error_code="golden" if wrong else "",
         error=wrong,
+        memory_bytes=meter.peak_bytes,
     )
+    if isinstance(engine, OnnxEngine):
+        report = replace(
+            report, threads=engine.threads, provider=engine.provider, p50_us=engine.warm_us, p95_us=engine.p95_us,
+            cached=engine.cached, note=engine.note,
+        )  # fmt: skip
     return (None if wrong else Seat(index, plan, engine)), report
 
 
 def _build(plan: EnginePlan, golden: Golden | None) -> Engine:
+    def check(engine: OnnxEngine) -> Mapping[str, Array] | None:
+        _check_signature(plan, engine)
+        return None if golden is None else golden.first(engine.inputs)
+
     match plan.kind:
         case EngineKind.FLOOR:
             return FloorEngine(plan.floor_outputs or {}, plan.inputs, plan.outputs)
         case EngineKind.ONNX:
-            engine = OnnxEngine.load(
-                Path(plan.model_path), sha256=plan.model_sha256, threads=plan.threads, name=plan.engine
+            return prepare(
+                Path(plan.model_path), sha256=plan.model_sha256, name=plan.engine, runtime=plan.runtime, check=check
             )
-            _check_signature(plan, engine)
-            engine.warm(None if golden is None else golden.first(engine.inputs))
-            return engine
 
 
 def _check_signature(plan: EnginePlan, engine: OnnxEngine) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from agent import VERSION
 from agent.blueprint import Blueprint
 from agent.clock import iso, wall_s
+from agent.contract.plan import EngineLoaded
 from agent.decisions import fallback, health
 from agent.decisions.events import AlarmKind
 from agent.decisions.updates import State
@@ -26,8 +27,8 @@ MEASURED = re.compile(r"evidence.*|share_.*|.*_(s|us)")
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """What is shown: the parts, the workers, the decision clock, how often the agent itself was at fault, and how
-    updates stand (as `agent.steering` says).
+    """What is shown: the parts, the workers, the decision clock, how often the agent itself was at fault, how
+    updates stand (as `agent.steering` says), and how engines were loaded, by service and name.
     """
 
     parts: Parts
@@ -35,6 +36,7 @@ class Sources:
     decision_time_s: float
     faults: int
     update: Mapping[str, Any]
+    loaded: Mapping[tuple[str, str], EngineLoaded]
 
 
 def status(sources: Sources) -> dict[str, Any]:
@@ -99,6 +101,7 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
                 "version": plan.version,
                 "digest": plan.digest,
                 "accuracy": blueprint.policy.card[plan.engine].accuracy,
+                "loaded": _loaded(sources.loaded.get((blueprint.name, plan.engine))),
             }
             for plan in blueprint.plan.engines
         ],
@@ -116,6 +119,23 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "drift": _whole(watched["drift"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
         "problems": list(blueprint.problems),
+    }
+
+
+def _loaded(report: EngineLoaded | None) -> dict[str, Any] | None:
+    """How the worker runs an engine; None: it has not said, or there is nothing to say of a floor."""
+    if report is None or not report.threads:
+        return None
+    return {
+        "load_ms": report.load_ms,
+        "threads": report.threads,
+        "placement": report.placement,
+        "provider": report.provider,
+        "p50_us": report.p50_us,
+        "p95_us": report.p95_us,
+        "cached": report.cached,
+        "memory_bytes": report.memory_bytes,
+        "note": report.note,
     }
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from agent.blueprint import Blueprint
+from agent.blueprint import Blueprint, configured_runtime
 from agent.clock import wall_s
 from agent.config import AgentConfig, LinkSection
 from agent.contract.errors import ConfigError, EdgewardenError, StateUnreadable
@@ -25,6 +25,8 @@ from agent.equipment import Depot, Equipment
 from agent.intake import Intake
 from agent.journal import Journal
 from agent.link import Link
+from agent.modelcache import FOLDER as CACHE
+from agent.modelcache import ModelCache
 from agent.monitor import DeviceMonitor, Monitor
 from agent.ota.installer import Installer, Site
 from agent.ota.slots import POINTER, Pointer, Slots
@@ -120,6 +122,7 @@ def _build(
     slots, pointer = _read_slots(config, journal)
     depot = Depot(config, slots)
     selection, blueprints, problems = depot.settle(pointer)
+    ModelCache(config.state.folder / CACHE).prune(depot.models())
     installer = _make_installer(config, depot) if config.update.enabled else None
     equipment = _first_equipment(selection, blueprints, store, journal)
     budget = config.budget
@@ -168,6 +171,7 @@ def _make_installer(config: AgentConfig, depot: Depot) -> Installer:
         Site(
             config.device.id, config.state.folder, Path(update.root), device_class=update.device_class,
             tls_ca=update.tls_ca, factory=depot.factory, max_artifact_bytes=update.max_artifact_bytes,
+            runtimes={section.name: configured_runtime(config, section) for section in config.service},
         )
     )  # fmt: skip
 

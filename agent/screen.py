@@ -93,6 +93,8 @@ def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     for problem in service["problems"]:
         yield _row("problem", look.paint(problem, "red"))
     yield _row("engines", "  ".join(_engine(engine, service, look) for engine in service["engines"]))
+    for text, colour in _runs(service):
+        yield _row("runs", look.paint(text, colour))
     yield _row("requests", _requests(service, look))
     yield _row("latency", _latency(service, look))
     yield _row("guards", _guards(service, look))
@@ -127,6 +129,19 @@ def _engine(engine: Document, service: Document, look: Look) -> str:
     if engine["engine"] in service["benched"]:
         return look.paint(f"{name} (resting)", "yellow")
     return f"{name}{accuracy}" + (" (floor)" if engine["kind"] == "floor" else "")
+
+
+def _runs(service: Document) -> Iterator[tuple[str, str]]:
+    """How the engine that serves is run, and the wishes that could not be met."""
+    for engine in service["engines"]:
+        loaded = engine.get("loaded")
+        if loaded and engine["engine"] == service["serving"]:
+            threads = f"{loaded['threads']} thread{'s' if loaded['threads'] > 1 else ''}"
+            where = {"inline": "inline", "thread": "on a thread of its own"}.get(loaded["placement"], "")
+            provider = loaded["provider"].removesuffix("ExecutionProvider")
+            yield f"{provider}, {threads}, {where}, {microseconds(loaded['p50_us'])} when warm", ""
+        if loaded and loaded["note"]:
+            yield f"{engine['engine']}: {loaded['note']}", "yellow"
 
 
 def _requests(service: Document, look: Look) -> str:

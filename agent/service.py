@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from agent.admission import Admission
 from agent.contract.errors import ConfigError, InvalidRequest, UnknownModel
-from agent.contract.plan import ServicePlan
+from agent.contract.plan import Placement, ServicePlan
 from agent.contract.tensors import Array, Tensor, check_shape
 from agent.engine import leading_rows
 from agent.guard import Guard
@@ -62,6 +62,9 @@ class Counters:
     last_wall_s: float = 0.0
 
 
+PLACED_US = {Placement.INLINE: 0.0, Placement.THREAD: math.inf}  # per row, where the configuration has decided
+
+
 class Service:
     """One served name: its plan, its lineup (replaced by assignment), its guard and its counters."""
 
@@ -75,10 +78,11 @@ class Service:
         self.signature = plan.engines[0]
         self._inputs = {tensor.name: tensor for tensor in self.signature.inputs}
         self.datatypes = {tensor.name: tensor.datatype for tensor in self.signature.outputs}
-        self.slowest_us = lineup.slowest_us  # a lineup is reordered, but keeps its engines
+        # what decides between the loop's thread and one of its own; a lineup is reordered, but keeps its engines
+        self.slowest_us = PLACED_US.get(plan.placement, lineup.slowest_us)
         self.version = str(next(e.version for e in plan.engines if e.engine == plan.active))
         self.counters = Counters()
-        self.admission = Admission(plan.queue_limit, self.slowest_us)  # of requests for the service's thread
+        self.admission = Admission(plan.queue_limit, lineup.slowest_us)  # of requests for the service's thread
 
     @property
     def ready(self) -> bool:

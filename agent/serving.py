@@ -18,6 +18,7 @@ from agent.admission import Judgement, retry_after_s
 from agent.attempt import Attempt, Result, Trouble, first_engine, observe
 from agent.contract.errors import Overloaded, ServingError, UnknownModel
 from agent.contract.plan import EngineTrouble
+from agent.lineup import INLINE_US
 from agent.observation import Outcome, RingWriter
 from agent.service import MAX_BATCH_ROWS, Answer, Request, Service
 from agent.watchdog import UNSTOPPABLE_S, Watch, Watchdog
@@ -25,7 +26,6 @@ from agent.watchdog import UNSTOPPABLE_S, Watch, Watchdog
 __all__ = ["MAX_BATCH_ROWS", "Answer", "Done", "Request", "Service", "Serving"]
 
 TOO_MANY_REQUESTS = 429  # of this client's; when the device is full for everybody it is 503
-INLINE_US = 300.0  # quicker runs cost less than handing them to another thread and back
 # what an output that is not what its plan promised can raise while it is recorded
 _UNRECORDABLE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 

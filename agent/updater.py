@@ -51,6 +51,8 @@ from agent.decisions.updates import (
 )
 from agent.equipment import Depot
 from agent.journal import Journal
+from agent.modelcache import FOLDER as CACHE
+from agent.modelcache import ModelCache
 from agent.orders import Refusal
 from agent.ota.installer import Installer
 from agent.ota.slots import Pointer
@@ -375,6 +377,7 @@ class Updater:
 
     def _collect(self, keep: frozenset[str]) -> int:
         freed = self._installer.slots.collect(keep)
+        freed += ModelCache(self._installer.site.folder / CACHE).prune(self._depot.models())
         self._numbers = self._installer.statistics()
         return freed
 

@@ -137,6 +137,7 @@ class Worker:
     def _start(self, plan: WorkerPlan) -> None:
         if self._serving is not None:
             raise ContractError("a worker was started twice")
+        _stay_on(plan.cpus)
         services: list[Service] = []
         reports: list[EngineLoaded] = []
         for index, service in enumerate(plan.services):
@@ -299,6 +300,13 @@ def _allow_descriptors() -> None:
 def _numbered(text: str) -> tuple[int, int]:
     number, _, descriptor = text.partition(":")
     return int(number), int(descriptor)
+
+
+def _stay_on(cpus: Sequence[int]) -> None:
+    """Run on these CPUs only; those that are not here are left out, and if none is, nothing is restricted."""
+    here = os.sched_getaffinity(0) & set(cpus)
+    if here:
+        os.sched_setaffinity(0, here)
 
 
 def _end_process() -> None:

@@ -277,7 +277,10 @@ def _manifest(name: str, *, kind: str, reads: list[str] | None = None) -> dict[s
         "budgets": [Budget(device_class="test", latency_p95_us=1e6)],
         "views": [view] if kind == "onnx" else [],
         "floor_outputs": {"probability": [1 / 7] * 7} if kind == "floor" else None,
-        "runtime": Runtime(opset=17, minimum="1.20", precision="float32" if kind == "onnx" else "constant"),
+        "runtime": Runtime(
+            opset=17, minimum="1.20", precision="float32" if kind == "onnx" else "constant",
+            control_flow=["If"] if name == "wrist-faulty" else [],
+        ),
     }  # fmt: skip
 
 

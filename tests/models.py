@@ -17,6 +17,7 @@ from agent.contract.plan import (
     EngineKind,
     EnginePlan,
     GuardPlan,
+    RuntimePlan,
     ServicePlan,
     TensorPlan,
     ViewPlan,
@@ -105,7 +106,7 @@ def engine_plan(folder: Path, name: str, *, version: int = 1, wrong: float = 0.0
     return EnginePlan(
         engine=name, version=version, digest=hashlib.sha256(name.encode()).hexdigest(), kind=EngineKind.ONNX,
         model_path=str(path), model_sha256=digest, golden_path=str(golden), inputs=(WINDOW,), outputs=(PROBABILITY,),
-        views=(VIEW,) if options.get("view", True) else (),
+        views=(VIEW,) if options.get("view", True) else (), runtime=RuntimePlan(control_flow=("If", "Loop")),
     )  # fmt: skip
 
 

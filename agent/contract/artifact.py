@@ -10,12 +10,23 @@ import hashlib
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 from agent.contract.errors import Corrupt, Incompatible, TooLarge, UnsupportedVersion
+from agent.contract.plan import RuntimePlan
 from agent.contract.topics import IDENTIFIER
 
 FORMAT = 1
@@ -104,6 +115,12 @@ class Runtime(Part):
     opset: int
     minimum: str  # oldest onnxruntime this was tested with
     precision: str  # float32 | int8 | constant
+    control_flow: list[str] = []  # operators with graphs inside that it uses (If, Loop...); not written when empty
+
+    @model_serializer(mode="wrap")
+    def _brief(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return written if self.control_flow else {k: v for k, v in written.items() if k != "control_flow"}
 
 
 class Manifest(Part):
@@ -140,6 +157,22 @@ class Manifest(Part):
     def encode(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, one newline at the end."""
         return canonical(self.model_dump(mode="json", exclude_none=False))
+
+
+def promised(manifest: Manifest) -> Budget:
+    """The budget of the device class the artifact was chosen for."""
+    chosen = manifest.choice.device_class if manifest.choice else ""
+    fitting = [budget for budget in manifest.budgets if budget.device_class == chosen] or manifest.budgets
+    return fitting[0] if fitting else Budget(device_class=chosen)
+
+
+def running(manifest: Manifest, configured: RuntimePlan) -> RuntimePlan:
+    """How an artifact is run where `configured` holds: its own limits where that has none, and what it names."""
+    return replace(
+        configured,
+        memory_bytes=configured.memory_bytes or promised(manifest).memory_bytes or 0,
+        control_flow=tuple(sorted({*configured.control_flow, *manifest.runtime.control_flow})),
+    )
 
 
 class Card(Part):

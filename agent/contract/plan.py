@@ -15,6 +15,14 @@ class EngineKind(StrEnum):
     FLOOR = "floor"  # a declared constant answer; needs no runtime
 
 
+class Placement(StrEnum):
+    """Where a service's engines run."""
+
+    AUTO = "auto"  # by what they take: short runs inline, long ones on the thread
+    INLINE = "inline"  # on the event loop's thread: no hand-over, but nobody else is answered meanwhile
+    THREAD = "thread"  # on a thread of the service: costs a hand-over, health stays answered
+
+
 class GuardPolicy(StrEnum):
     """What happens to an input that a guard finds wrong."""
 
@@ -100,6 +108,23 @@ class ViewPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class RuntimePlan:
+    """How an engine is loaded and run. `threads`: 0 = chosen by measurement.
+
+    `providers`: wanted execution providers, best first, before the CPU. `spin`: waiting threads stay awake.
+    `memory_bytes`: the most it may take while it is loaded and proven, 0 = what the device has.
+    `control_flow`: operators with graphs inside it may use. `cache_folder`: of `agent.modelcache`, "" = none.
+    """
+
+    threads: int = 1
+    providers: tuple[str, ...] = ()
+    spin: bool = False
+    memory_bytes: int = 0
+    control_flow: tuple[str, ...] = ()
+    cache_folder: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class EnginePlan:
     """One model of a service's lineup. `model_path` and `golden_path` are empty for a floor.
 
@@ -117,8 +142,8 @@ class EnginePlan:
     outputs: tuple[TensorPlan, ...] = ()
     views: tuple[ViewPlan, ...] = ()
     floor_outputs: dict[str, list[float]] | None = None  # one row per output
-    threads: int = 1
     reads: tuple[str, ...] | None = None
+    runtime: RuntimePlan = RuntimePlan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +162,7 @@ class ServicePlan:
     deadline_ms: float = 1000.0
     queue_limit: int = 64
     floor_status: int = 200  # HTTP status of a floor answer: 200 or 503
+    placement: Placement = Placement.AUTO
     window: WindowPlan | None = None  # None: the service takes no streams
 
 
@@ -148,6 +174,7 @@ class WorkerPlan:
     services: tuple[ServicePlan, ...]
     max_body_bytes: int = 64 * 1024 * 1024
     stuck_after_s: float = 5.0
+    cpus: tuple[int, ...] = ()  # the only ones to run on; empty = all
 
 
 # --- frames: agent -> worker -------------------------------------------------------------------------------
@@ -189,7 +216,12 @@ class Ping:
 # --- frames: worker -> agent -------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True)
 class EngineLoaded:
-    """`golden_ok` is False when the engine's golden inputs were answered wrongly; it is then not used."""
+    """`golden_ok` is False when the engine's golden inputs were answered wrongly; it is then not used.
+
+    `placement`: where its service's runs happen, `inline` or `thread`. `provider`: what computes it; `note`: in
+    words why it is not the one asked for. `cached`: its optimised graph was. `memory_bytes`: what it took while it
+    was loaded and proven. A floor has none of these.
+    """
 
     service: str
     engine: str
@@ -197,6 +229,14 @@ class EngineLoaded:
     golden_ok: bool
     error_code: str = ""
     error: str = ""
+    threads: int = 0
+    provider: str = ""
+    placement: str = ""
+    p50_us: float = 0.0
+    p95_us: float = 0.0
+    cached: bool = False
+    memory_bytes: int = 0
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,11 @@ class Engine(Protocol):
         """Typical time of one batch-1 run, taken while warming; 0 = not warmed or a constant."""
         ...
 
+    @property
+    def p95_us(self) -> float:
+        """What 95 of 100 such runs take at most."""
+        ...
+
     def run(
         self, feeds: Mapping[str, Array], wanted: Sequence[str] = (), *, control: RunControl | None = None
     ) -> dict[str, Array]:

@@ -17,7 +17,7 @@ class FloorEngine:
     """The answer of last resort: one constant row per output, repeated for every row of the input."""
 
     inputs: tuple[TensorPlan, ...]
-    warm_us = 0.0
+    warm_us = p95_us = 0.0
 
     def __init__(
         self, rows: Mapping[str, Sequence[float]], inputs: Sequence[TensorPlan], outputs: Sequence[TensorPlan]

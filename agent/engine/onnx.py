@@ -15,22 +15,23 @@ from agent.contract.plan import TensorPlan
 from agent.contract.tensors import DATATYPES, Array
 from agent.engine.lane import Lane
 from agent.engine.modelfile import check_file
-from agent.engine.runtime import FOREIGN, RunControl, open_session, runtime_version, short
+from agent.engine.runtime import FOREIGN, Opening, RunControl, open_session, runtime_version, short
+from agent.engine.tuning import Times, times
 
-WARM_RUNS = 5
+WARM_RUNS, WARM_S = (5, 50), 0.1  # at least and at most so many; between them, as many as fit into that time
 _DATATYPES = {
     "tensor(bool)": "BOOL", "tensor(int8)": "INT8", "tensor(int16)": "INT16", "tensor(int32)": "INT32",
     "tensor(int64)": "INT64", "tensor(uint8)": "UINT8", "tensor(uint16)": "UINT16", "tensor(uint32)": "UINT32",
     "tensor(uint64)": "UINT64", "tensor(float16)": "FP16", "tensor(float)": "FP32", "tensor(double)": "FP64",
     "tensor(string)": "BYTES",
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 _LOAD_ERRORS: dict[str, type[ArtifactError]] = {
     "InvalidProtobuf": Corrupt, "InvalidGraph": Corrupt, "NoSuchFile": Unavailable
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 class OnnxEngine:
-    """One ONNX model on the CPU. Safe to run from several threads."""
+    """One ONNX model. Safe to run from several threads."""
 
     def __init__(self, session: Any, name: str) -> None:
         """Use `load`."""
@@ -38,14 +39,20 @@ class OnnxEngine:
         self._name = name
         self.inputs = tuple(_tensor_plan(node, name) for node in session.get_inputs())
         self.outputs = tuple(_tensor_plan(node, name) for node in session.get_outputs())
-        self.warm_us = 0.0
+        self.threads = 1
+        self.provider = str(session.get_providers()[0])
+        self.note = ""  # in words: why it is not on the provider asked for
+        self.cached = False  # whether its optimised graph was kept from an earlier load
+        self.times = Times(0.0, 0.0)  # of one warm batch-1 run
         self._all = tuple(output.name for output in self.outputs)
         self._texts = tuple(tensor.name for tensor in self.inputs if tensor.datatype == "BYTES")
         self._lane: Lane | None = None
 
     @classmethod
     def load(cls, path: Path, *, sha256: str = "", threads: int = 1, name: str = "") -> OnnxEngine:
-        """Load a self-contained model. `sha256`: refuse other bytes; empty = do not check.
+        """Load a self-contained model as it is. `sha256`: refuse other bytes; empty = do not check.
+
+        On a device `agent.engine.prepare` does more: it keeps what it finds out, and allows less.
 
         Raises:
             Unavailable: the file cannot be read.
@@ -54,13 +61,31 @@ class OnnxEngine:
         """
         name = name or path.name
         check_file(path, sha256, name)
+        return cls.open(path, Opening(threads=threads), name)
+
+    @classmethod
+    def open(cls, path: Path, opening: Opening, name: str) -> OnnxEngine:
+        """Open a model file that was checked. Raises: Unavailable, Corrupt, Incompatible."""
         try:
-            return cls(open_session(path, threads), name)
+            session, note = open_session(path, opening)
+            engine = cls(session, name)
         except FOREIGN as error:
             kind = _LOAD_ERRORS.get(type(error).__name__, Incompatible)
             raise kind(
                 f"engine '{name}' cannot be loaded from {path} by onnxruntime {runtime_version()}: {short(error)}"
             ) from None
+        engine.threads, engine.note = opening.threads, note
+        return engine
+
+    @property
+    def warm_us(self) -> float:
+        """See `Engine.warm_us`."""
+        return self.times.p50_us
+
+    @property
+    def p95_us(self) -> float:
+        """See `Engine.p95_us`."""
+        return self.times.p95_us
 
     def warm(self, feeds: Mapping[str, Array] | None = None, *, limit_s: float = 10.0) -> None:
         """Run a few times on one request, measure, and prepare the pre-bound batch-1 lane where shapes allow it.
@@ -79,11 +104,10 @@ class OnnxEngine:
             answer = self.run(feeds, control=control)
             if all(_is_bindable(tensor) for tensor in (*self.inputs, *self.outputs)):
                 self._lane = Lane(self._session, feeds, answer)
-            times = [self._time(feeds, control) for _ in range(WARM_RUNS)]
+            self.times = times(self._measure(feeds, control))
         finally:
             timer.cancel()
             timer.join()
-        self.warm_us = sorted(times)[WARM_RUNS // 2]
 
     def run(
         self, feeds: Mapping[str, Array], wanted: Sequence[str] = (), *, control: RunControl | None = None
@@ -102,6 +126,13 @@ class OnnxEngine:
         except FOREIGN as error:
             what = "was ended" if control is not None and control.stopped else "failed"
             raise EngineFailed(f"a run of engine '{self._name}' {what}: {short(error)}") from None
+
+    def _measure(self, feeds: Mapping[str, Array], control: RunControl) -> list[float]:
+        fewest, most = WARM_RUNS
+        measured = [self._time(feeds, control) for _ in range(fewest)]
+        while len(measured) < most and sum(measured) < WARM_S * 1e6:
+            measured.append(self._time(feeds, control))
+        return measured
 
     def _time(self, feeds: Mapping[str, Array], control: RunControl) -> float:
         start = clock.monotonic_ns()

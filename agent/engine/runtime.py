@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ FOREIGN: tuple[type[Exception], ...] = (
     TypeError,
     MemoryError,
 )
+
+CPU = "CPUExecutionProvider"
+_ELSEWHERE = frozenset({"AzureExecutionProvider"})  # sends what it is asked to somebody else's computer
 
 ort.set_default_logger_severity(4)  # failures are raised; the runtime's own log lines would only repeat them
 
@@ -51,16 +55,65 @@ class RunControl:
         return bool(self.options.terminate)
 
 
-def open_session(path: Path, threads: int) -> Any:
-    """A session on the CPU for a model file. Raises: any of FOREIGN."""
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a session is to be opened. `providers`: wanted, best first; what is not here is told, never a failure.
+
+    `optimise`: False for a graph that the runtime has optimised before. `write_to`: where it may write that graph.
+    """
+
+    threads: int = 1
+    providers: tuple[str, ...] = ()
+    spin: bool = False
+    optimise: bool = True
+    write_to: Path | None = None
+
+
+def usable_providers() -> tuple[str, ...]:
+    """Execution providers of this runtime that compute on this device, best first."""
+    return tuple(name for name in ort.get_available_providers() if name not in _ELSEWHERE)
+
+
+def full_name(provider: str) -> str:
+    """`CUDA` and `CUDAExecutionProvider` are the same."""
+    return provider if provider.endswith("ExecutionProvider") else f"{provider}ExecutionProvider"
+
+
+def open_session(path: Path, opening: Opening) -> tuple[Any, str]:
+    """A session for a model file, and in words why it is not on the wanted provider (empty = it is).
+
+    Raises: any of FOREIGN: it cannot be opened on the CPU either.
+    """
+    wanted = [full_name(name) for name in opening.providers if full_name(name) != CPU]
+    here = [name for name in wanted if name in usable_providers()]
+    note = f"{', '.join(wanted)} was asked for, this runtime has {', '.join(usable_providers())}"
+    if here:
+        try:
+            session = ort.InferenceSession(
+                str(path), _options(opening), providers=[*here, CPU], enable_fallback=False
+            )
+        except FOREIGN as error:
+            note = f"{', '.join(here)} was asked for and failed: {short(error)}"
+        else:
+            used = session.get_providers()
+            missing = [name for name in wanted if name not in used]
+            return session, f"{', '.join(missing)} was asked for, {', '.join(used)} is used" if missing else ""
+    session = ort.InferenceSession(str(path), _options(opening), providers=[CPU], enable_fallback=False)
+    return session, note if wanted else ""
+
+
+def _options(opening: Opening) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = opening.threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    if threads > 1:
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # from the path: parsing bytes would hold the interpreter's lock for the whole load
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=False)
+    if opening.threads > 1:  # waiting threads that spin answer sooner and burn a core each
+        options.add_session_config_entry("session.intra_op.allow_spinning", "1" if opening.spin else "0")
+    if not opening.optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if opening.write_to is not None:
+        options.optimized_model_filepath = str(opening.write_to)
+    return options
 
 
 def short(error: Exception) -> str:

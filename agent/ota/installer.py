@@ -8,12 +8,13 @@ process), which may collect blobs with `slots.collect` after a commit.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent.contract.artifact import FILES, MANIFEST, Artifact, Blob, Manifest, open_artifact, parse_manifest, sha256
 from agent.contract.errors import EdgewardenError, Incompatible, TooLarge, Unavailable
+from agent.contract.plan import RuntimePlan
 from agent.contract.repository import TARGETS, FamilyPolicy, blob_path, manifest_path, stored_path
 from agent.decisions.updates import Fetch, Selection, SelfTest, StepDone, StepFailed, Target, Verify, digests
 from agent.ota import acceptance, child, wire
@@ -29,6 +30,7 @@ TRIAL_LIMITS = child.Limits(memory_bytes=1024 * 1024 * 1024, cpu_s=60, wall_s=12
 class Site:
     """One device. `folder`: its state. `root`: the embedded root metadata. `device_class` "" = any artifact fits.
 
+    `runtimes`: service -> how its engines are configured to be run, for trials; others are tried with defaults.
     `factory`: manifest digest -> folder of the artifacts that came with the configuration.
     """
 
@@ -38,6 +40,7 @@ class Site:
     device_class: str = ""
     tls_ca: str = ""
     factory: Mapping[str, Path] = field(default_factory=dict)
+    runtimes: Mapping[str, RuntimePlan] = field(default_factory=dict)
     max_artifact_bytes: int = MAX_ARTIFACT_BYTES
     fetch_limit_s: float = 3600.0
     trial_limits: child.Limits = TRIAL_LIMITS
@@ -46,13 +49,14 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How a candidate did on this device."""
+    """How a candidate did on this device. `memory_bytes`: what it took; `peak_rss_bytes`: its whole process."""
 
     digest: str
     golden_rows: int
     difference: float
     p50_us: float
     peak_rss_bytes: int
+    memory_bytes: int = 0
 
 
 class Installer:
@@ -235,15 +239,18 @@ class Installer:
             Killed: a trial was ended from outside, which says nothing about the candidate.
         """
         self._trying = ""
-        return tuple(self._try(digest) for _, _, digest in self._new(target, installed))
+        return tuple(self._try(service, digest) for service, _, digest in self._new(target, installed))
 
-    def _try(self, digest: str) -> Trial:
-        request = {"folder": str(self.slots.open(digest).folder), "limit_s": self.site.trial_limit_s}
+    def _try(self, service: str, digest: str) -> Trial:
+        request = {
+            "folder": str(self.slots.open(digest).folder), "limit_s": self.site.trial_limit_s,
+            "runtime": asdict(self.site.runtimes.get(service, RuntimePlan())),
+        }  # fmt: skip
         self._trying = digest
         answer = child.run("agent.ota.trial", request, self.site.trial_limits)
         return Trial(
             digest, int(answer["golden_rows"]), float(answer["difference"]), float(answer["p50_us"]),
-            int(answer["peak_rss_bytes"]),
+            int(answer["peak_rss_bytes"]), int(answer["memory_bytes"]),
         )  # fmt: skip
 
     def _new(self, target: Target, installed: Selection) -> list[tuple[str, str, str]]:

@@ -170,6 +170,10 @@ class Slots:
                 freed += _delete(blob)
         return freed
 
+    def stored(self) -> frozenset[str]:
+        """Digests of all blobs."""
+        return frozenset(entry.name for entry in self.blobs.iterdir())
+
     def statistics(self) -> dict[str, float]:
         """Flat numbers for status and metrics."""
         sizes = [entry.stat().st_size for entry in self.blobs.iterdir() if entry.is_file()]

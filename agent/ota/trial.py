@@ -8,33 +8,40 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from agent import clock
-from agent.contract.artifact import Artifact, open_artifact
+from agent.contract.artifact import Artifact, open_artifact, running
 from agent.contract.errors import EdgewardenError, EngineFailed, Incompatible
-from agent.contract.plan import TensorPlan
+from agent.contract.plan import RuntimePlan, TensorPlan
+from agent.contract.tensors import Array
 from agent.ota.child import serve
 from agent.ota.errors import GoldenMismatch, ResourceLimit
 
 if TYPE_CHECKING:
-    from agent.engine import Engine
+    from agent.engine import Engine, OnnxEngine
 
 TIMED_RUNS = 32
-OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory", "MemoryError", "out of memory")
+OUT_OF_MEMORY = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory", "MemoryError", "of memory")
 
 
 def main(request: dict[str, Any]) -> dict[str, Any]:
     """`folder`: the slot. `limit_s`: time for warming and for all golden inputs, each.
+
+    `runtime`: fields of a `RuntimePlan`, how this device is configured to run such a candidate. What it finds out
+    (an optimised graph, the number of threads) is kept for the worker that will serve it.
 
     Raises:
         Incompatible: what it takes or gives is not what its manifest says, or this runtime cannot run it.
         GoldenMismatch, ResourceLimit, EngineFailed, Corrupt
     """
     try:
-        return _try(open_artifact(Path(request["folder"])), float(request["limit_s"]))
+        runtime = msgspec.convert(request.get("runtime", {}), RuntimePlan)
+        return _try(open_artifact(Path(request["folder"])), float(request["limit_s"]), runtime)
     except EdgewardenError as error:
         if any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise ResourceLimit(str(error)) from None
@@ -45,35 +52,42 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
         raise ResourceLimit("the candidate needs more memory than it may have") from None
 
 
-def _try(artifact: Artifact, limit_s: float) -> dict[str, Any]:
+def _try(artifact: Artifact, limit_s: float, configured: RuntimePlan) -> dict[str, Any]:
     # here, not above: the limits hold while the runtime is loaded
-    from agent.engine import FloorEngine, OnnxEngine, check_golden, load_golden
+    from agent.engine import FloorEngine, bounded, check_golden, load_golden, prepare
 
     manifest = artifact.manifest
+    runtime = running(manifest, configured)
     inputs = [TensorPlan(part.name, part.datatype, tuple(part.shape)) for part in manifest.inputs]
     outputs = [TensorPlan(part.name, part.datatype, tuple(part.shape)) for part in manifest.outputs]
-    if manifest.kind == "floor":
-        engine: Engine = FloorEngine(manifest.floor_outputs or {}, inputs, outputs)
-    else:
-        model = manifest.blobs["model"]
-        engine = OnnxEngine.load(artifact.path("model"), sha256=model.sha256, name=manifest.name)
-        _check_signature(manifest.name, "input", engine.inputs, inputs)
-        _check_signature(manifest.name, "output", engine.outputs, outputs)
-        _check_views(artifact, engine)
-        golden = load_golden(artifact.path("golden")) if "golden" in manifest.blobs else None
-        engine.warm(None if golden is None else golden.first(engine.inputs), limit_s=limit_s)
     result: dict[str, Any] = {"ok": True, "golden_rows": 0, "difference": 0.0, "p50_us": 0.0}
-    if "golden" in manifest.blobs:
-        golden = load_golden(artifact.path("golden"))
-        answer = check_golden(engine, golden, limit_s=limit_s)
-        if not answer.passed:
-            raise GoldenMismatch(f"'{manifest.name}' version {manifest.version}: {answer.text}")
-        result |= {"difference": answer.difference, "p50_us": _p50_us(engine, golden.first(engine.inputs))}
-        result["golden_rows"] = sum(1 for _ in golden.pieces(engine.inputs))
-    elif manifest.kind != "floor":
-        raise GoldenMismatch(
-            f"'{manifest.name}' version {manifest.version} brings no golden inputs to be tested with"
-        )
+    with bounded(manifest.name, runtime.memory_bytes) as meter:
+        golden = load_golden(artifact.path("golden")) if "golden" in manifest.blobs else None
+        if manifest.kind == "floor":
+            engine: Engine = FloorEngine(manifest.floor_outputs or {}, inputs, outputs)
+        else:
+
+            def check(loaded: OnnxEngine) -> Mapping[str, Array] | None:
+                _check_signature(manifest.name, "input", loaded.inputs, inputs)
+                _check_signature(manifest.name, "output", loaded.outputs, outputs)
+                _check_views(artifact, loaded)
+                return None if golden is None else golden.first(loaded.inputs)
+
+            engine = prepare(
+                artifact.path("model"), sha256=manifest.blobs["model"].sha256, name=manifest.name, runtime=runtime,
+                check=check, limit_s=limit_s,
+            )  # fmt: skip
+        if golden is not None:
+            answer = check_golden(engine, golden, limit_s=limit_s)
+            if not answer.passed:
+                raise GoldenMismatch(f"'{manifest.name}' version {manifest.version}: {answer.text}")
+            result |= {"difference": answer.difference, "p50_us": _p50_us(engine, golden.first(engine.inputs))}
+            result["golden_rows"] = sum(1 for _ in golden.pieces(engine.inputs))
+        elif manifest.kind != "floor":
+            raise GoldenMismatch(
+                f"'{manifest.name}' version {manifest.version} brings no golden inputs to be tested with"
+            )
+    result["memory_bytes"] = meter.peak_bytes
     result["peak_rss_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
 

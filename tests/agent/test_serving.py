@@ -25,6 +25,7 @@ from agent.contract.errors import (
 from agent.contract.plan import EngineKind, EnginePlan, GuardPolicy, ServicePlan, TensorPlan
 from agent.decisions.events import EngineFailed as EngineFault
 from agent.engine import RunControl
+from agent.engine.tuning import Times
 from agent.lineup import Lineup, Seat, load_lineup
 from agent.monitor import Monitor, MonitorPlan
 from agent.observation import MAX_ROWS, NO_ENGINE, Outcome, RingReader, RingWriter, create_ring
@@ -196,7 +197,7 @@ def test_a_deadline_too_short_for_so_many_rows_is_no_failure_of_the_engine(
     tmp_path: Path, ring_fd: int, rows: int, warm_us: float, *, blamed: bool
 ) -> None:
     async def story(stage: Stage) -> None:
-        stage.service.lineup.seats[0].engine.warm_us = warm_us  # type: ignore[misc]
+        stage.service.lineup.seats[0].engine.times = Times(warm_us, warm_us)  # type: ignore[attr-defined]
         answer = await stage.ask(window(TOLD, rows=rows))
         assert (answer.engine, answer.reason) == ("wrist-accel", "failover: wrist deadline_exceeded")
         assert stage.ring.read()["first_engine"][0] == (0 if blamed else NO_ENGINE)
@@ -383,7 +384,7 @@ def test_a_service_without_a_guard_serves(tmp_path: Path, ring_fd: int) -> None:
 class Odd:
     """An engine that answers what it was given, whatever was promised."""
 
-    warm_us = 0.0
+    warm_us = p95_us = 0.0
 
     def __init__(self, **answer: np.ndarray) -> None:
         self.inputs: tuple[TensorPlan, ...] = ()

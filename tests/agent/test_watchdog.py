@@ -24,7 +24,7 @@ class Deaf:
 
     inputs: tuple[TensorPlan, ...] = ()
     outputs: tuple[TensorPlan, ...] = ()
-    warm_us = 0.0
+    warm_us = p95_us = 0.0
 
     def __init__(self) -> None:
         self.released = threading.Event()

@@ -15,7 +15,7 @@ import pytest
 
 from agent.client import Client
 from agent.client.aio import AsyncClient
-from agent.contract.plan import EngineKind, EnginePlan, ServicePlan, TensorPlan
+from agent.contract.plan import EngineKind, EnginePlan, RuntimePlan, ServicePlan, TensorPlan
 from tests.interop.conftest import SPEECH
 from tests.models import worker_plan
 from tests.processes import RunningWorker, Sockets
@@ -67,6 +67,7 @@ def sockets(
             TensorPlan("sr", "INT64", ()),
         ),
         outputs=(TensorPlan("output", "FP32", (1, 1)), TensorPlan("stateN", "FP32", (2, 1, 128))),
+        runtime=RuntimePlan(control_flow=("If",)),
     )  # fmt: skip
     plan = ServicePlan(service="vad", engines=(engine,), active="vad", guard=None, deadline_ms=5000.0)
     with Sockets(folder) as opened, RunningWorker(opened, worker_plan(plan)) as worker:

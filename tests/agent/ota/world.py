@@ -68,7 +68,9 @@ def make_artifact(
         "inputs": [artifact.Input(name="window", datatype="FP32", shape=[-1, models.LENGTH, models.CHANNELS])],
         "outputs": [artifact.Output(name="probability", datatype="FP32", shape=[-1, models.CLASSES])],
         "views": [artifact.View(name="c", kind="channels", output="ew_view_channels", features=["x", "y", "z"])],
-        "runtime": artifact.Runtime(opset=17, minimum="1.20", precision="float32"),
+        "runtime": artifact.Runtime(
+            opset=17, minimum="1.20", precision="float32", control_flow=["If", "Loop"]
+        ),
         "choice": artifact.Choice(variant="v", device_class=device_class, reason="test"),
     }  # fmt: skip
     data = Manifest(**(fields | changes)).encode()
