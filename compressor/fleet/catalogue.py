@@ -7,6 +7,8 @@ an emptier catalogue, never an error.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,20 @@ class Catalogue:
     def next_version(self, service: str) -> int:
         """Higher than every version of this service that is published."""
         return 1 + max((p.manifest.version for p in self._known.values() if p.manifest.service == service), default=0)
+
+    def deployed(self, service: str, carried: Iterable[Mapping[str, str]]) -> dict[str, str]:
+        """Name -> manifest digest that most of these devices carry, the newest of equally many.
+
+        carried: engine -> digest of each device, as it says. What is not published under that name counts nothing.
+        """
+        counts: Counter[str] = Counter()
+        for engines in carried:
+            for name, digest in engines.items():
+                found = self._known.get(digest)
+                if found is not None and (found.manifest.service, found.manifest.name) == (service, name):
+                    counts[digest] += 1
+        rising = sorted(counts, key=lambda digest: (counts[digest], self._known[digest].manifest.version))
+        return {self._known[digest].manifest.name: digest for digest in rising}
 
     def features(self, reference: str) -> tuple[str, ...]:
         """Names of the view's features whose drift reference has this digest."""

@@ -29,8 +29,8 @@ class Failed:
 class Trainer(Protocol):
     """Runs one pipeline at a time, in the background."""
 
-    def start(self, folder: Path, recordings: Path, *, version: int) -> None:
-        """Begin to build into `folder`. Raises: EdgewardenError."""
+    def start(self, folder: Path, recordings: Path, *, version: int, parents: Mapping[str, str]) -> None:
+        """Begin to build into `folder`. parents: name -> manifest digest it succeeds. Raises: EdgewardenError."""
 
     def poll(self) -> Built | Failed | None:
         """What came of it; None = still running, or nothing was started."""

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from agent import clock
@@ -46,8 +46,8 @@ class SubprocessTrainer:
         self._folder = Path()
         self._until_s = 0.0
 
-    def start(self, folder: Path, recordings: Path, *, version: int) -> None:
-        """Begin to build. Raises: StorageError."""
+    def start(self, folder: Path, recordings: Path, *, version: int, parents: Mapping[str, str]) -> None:
+        """Begin to build. parents: name -> manifest digest it succeeds. Raises: StorageError."""
         self.stop()
         arguments = [
             *self._program, "compress", str(self._recipe), "--out", str(folder / "out"), "--cache", str(self._cache),
@@ -55,6 +55,8 @@ class SubprocessTrainer:
         ]  # fmt: skip
         if self._device_class:
             arguments += ["--device-class", self._device_class]
+        for name, digest in sorted(parents.items()):
+            arguments += ["--parent", f"{name}={digest}"]
         for setting in self._settings:
             arguments += ["--set", setting]
         try:

@@ -191,12 +191,14 @@ class Steward:
         version = self._catalogue.next_version(job.service)
         with self._database.writing() as tx:
             samples = [plans.sample(tx, name) for name in job.samples]
+            members = [devices.find(tx, device) for device in self._config.fleet.cohorts.get(job.cohort, [])]
             plans.change_job(
                 tx, job.id, state="running", attempts=job.attempts + 1, started_at=now_s, folder=str(folder)
             )
         try:
             recordings = _lay_out(folder, [row for row in samples if row is not None])
-            trainer.start(folder, recordings, version=version)
+            parents = self._catalogue.deployed(job.service, [_carried(row) for row in members if row is not None])
+            trainer.start(folder, recordings, version=version, parents=parents)
         except EdgewardenError as error:
             self._fail_job(job, error.sentence(), now_s)
             return
@@ -309,6 +311,11 @@ def order_of(artifacts: Sequence[Artifact], service: str) -> list[str]:
     active = next((a.manifest for a in artifacts if a.manifest.name == service), artifacts[0].manifest)
     wanted = [active.name, *active.fallbacks, *sorted(names)]
     return list(dict.fromkeys(name for name in wanted if name in names))
+
+
+def _carried(device: Row[Any]) -> dict[str, str]:
+    """Engine -> manifest digest, as the device says."""
+    return dict((device.birth or {}).get("artifacts", {}))
 
 
 def _is_about(decision: Decision, sample: Row[Any]) -> bool:

@@ -123,11 +123,11 @@ def recording(rows: int = 12, *, seed: int = 0, **changes: Any) -> bytes:
     return buffer.getvalue()
 
 
-def manifest(version: int, name: str = "wrist") -> Manifest:
+def manifest(version: int, name: str = "wrist", parent: str | None = None) -> Manifest:
     channels = [Channel(name=c, unit="g", group="accel", minimum=-16, maximum=16) for c in CHANNELS]
     reference = REFERENCE.get(version, b"reference")
     return Manifest(
-        name=name, version=version, service="wrist", task="t",
+        name=name, version=version, service="wrist", task="t", parent=parent,
         inputs=[Input(name="window", datatype="FP32", shape=[-1, 128, 6], channels=channels)],
         outputs=[Output(name="probability", datatype="FP32", shape=[-1, 7])], labels=list("ABCDEFG"),
         fallbacks=["wrist-accel"] if name == "wrist" else [],
@@ -140,10 +140,10 @@ def manifest(version: int, name: str = "wrist") -> Manifest:
     )  # fmt: skip
 
 
-def artifact_folder(folder: Path, version: int, name: str = "wrist") -> Path:
+def artifact_folder(folder: Path, version: int, name: str = "wrist", parent: str | None = None) -> Path:
     """A small artifact that `open_artifact` accepts."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "manifest.json").write_bytes(manifest(version, name).encode())
+    (folder / "manifest.json").write_bytes(manifest(version, name, parent).encode())
     (folder / "model.onnx").write_bytes(b"model")
     (folder / "reference.npz").write_bytes(REFERENCE.get(version, b"reference"))
     return folder
@@ -158,10 +158,11 @@ class FakeTrainer:
         self.waits = False
         self.stopped = 0
 
-    def start(self, folder: Path, recordings: Path, *, version: int) -> None:
+    def start(self, folder: Path, recordings: Path, *, version: int, parents: Mapping[str, str]) -> None:
         self.started.append((folder, sorted(path.name for path in recordings.iterdir()), version))
         names = ("wrist", "wrist-accel")
-        self.outcome = Built(tuple(artifact_folder(folder / "out" / "gateway" / n, version, n) for n in names))
+        out = folder / "out" / "gateway"
+        self.outcome = Built(tuple(artifact_folder(out / n, version, n, parents.get(n)) for n in names))
 
     def poll(self) -> Built | Failed | None:
         if self.waits:

@@ -43,3 +43,14 @@ def test_odd_files_are_passed_over(tmp_path: Path) -> None:
     assert catalogue.refresh()
     assert catalogue.find(digest) is not None
     assert catalogue.find("00" * 32) is None
+
+
+def test_what_most_devices_carry_is_what_is_deployed(tmp_path: Path) -> None:
+    one, two, three = published(tmp_path, 1, 2, 3)
+    catalogue = Catalogue(tmp_path / "repository")
+    catalogue.refresh()
+    assert catalogue.deployed("wrist", [{"wrist": one}, {"wrist": one}, {"wrist": three}]) == {"wrist": one}
+    assert catalogue.deployed("wrist", [{"wrist": one}, {"wrist": two}]) == {"wrist": two}
+    lies = [{"wrist": "ab" * 32}, {"wrist-accel": one}, {"x": ""}, {}]
+    assert catalogue.deployed("wrist", lies) == {}
+    assert catalogue.deployed("other", [{"wrist": one}]) == {}

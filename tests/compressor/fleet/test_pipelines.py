@@ -43,13 +43,16 @@ def trainer(script: str, tmp_path: Path, *, timeout_s: float = 60.0, device_clas
 def test_what_was_built_is_found_and_the_pipeline_was_asked_rightly(tmp_path: Path) -> None:
     running = trainer(BUILD, tmp_path)
     assert running.poll() is None
-    running.start(tmp_path / "b1", tmp_path / "rec", version=7)
+    running.start(
+        tmp_path / "b1", tmp_path / "rec", version=7, parents={"wrist-floor": "cd" * 32, "wrist": "ab" * 32}
+    )
     built = wait_until(running.poll)
     assert built == Built(tuple(tmp_path / "b1" / "out" / "gateway" / name for name in ("wrist", "wrist-floor")))
     asked = (built.artifacts[0] / "manifest.json").read_text().split()[1:]
     assert asked == [
         "compress", str(tmp_path / "recipe.toml"), "--out", str(tmp_path / "b1" / "out"), "--cache",
-        str(tmp_path / "cache"), "--enrolment", str(tmp_path / "rec"), "--set", "package.version=7", "--set",
+        str(tmp_path / "cache"), "--enrolment", str(tmp_path / "rec"), "--set", "package.version=7",
+        "--parent", f"wrist={'ab' * 32}", "--parent", f"wrist-floor={'cd' * 32}", "--set",
         "new_wearers=4,5,6",
     ]  # fmt: skip
     assert running.poll() is None
@@ -57,7 +60,7 @@ def test_what_was_built_is_found_and_the_pipeline_was_asked_rightly(tmp_path: Pa
 
 def test_only_the_wanted_class_is_asked_for(tmp_path: Path) -> None:
     running = trainer(BUILD, tmp_path, device_class="gateway")
-    running.start(tmp_path / "b", tmp_path / "rec", version=2)
+    running.start(tmp_path / "b", tmp_path / "rec", version=2, parents={})
     built = wait_until(running.poll)
     assert isinstance(built, Built)
     assert "--device-class gateway" in (built.artifacts[0] / "manifest.json").read_text()
@@ -65,7 +68,7 @@ def test_only_the_wanted_class_is_asked_for(tmp_path: Path) -> None:
 
 def test_a_failure_is_told_with_its_last_words(tmp_path: Path) -> None:
     running = trainer("import sys; print('gate refused c48', file=sys.stderr); sys.exit(11)", tmp_path)
-    running.start(tmp_path / "b", tmp_path, version=1)
+    running.start(tmp_path / "b", tmp_path, version=1, parents={})
     assert wait_until(running.poll) == Failed("the pipeline ended with exit code 11: gate refused c48")
 
 
@@ -81,7 +84,7 @@ def test_a_build_without_the_wanted_class_is_a_failure(
     tmp_path: Path, script: str, device_class: str, words: str
 ) -> None:
     running = trainer(script, tmp_path, device_class=device_class)
-    running.start(tmp_path / "b", tmp_path, version=1)
+    running.start(tmp_path / "b", tmp_path, version=1, parents={})
     outcome = wait_until(running.poll)
     assert isinstance(outcome, Failed)
     assert words in outcome.text
@@ -89,7 +92,7 @@ def test_a_build_without_the_wanted_class_is_a_failure(
 
 def test_stopping_ends_it_with_everything_it_started(tmp_path: Path) -> None:
     running = trainer(HANG, tmp_path)
-    running.start(tmp_path / "b", tmp_path, version=1)
+    running.start(tmp_path / "b", tmp_path, version=1, parents={})
     pids = wait_until(lambda: _pids(tmp_path))
     assert os.getpriority(os.PRIO_PROCESS, pids[0]) == 10
     running.stop()
@@ -99,7 +102,7 @@ def test_stopping_ends_it_with_everything_it_started(tmp_path: Path) -> None:
 
 def test_a_pipeline_that_takes_too_long_is_ended(tmp_path: Path) -> None:
     running = trainer(HANG, tmp_path, timeout_s=0.0)
-    running.start(tmp_path / "b", tmp_path, version=1)
+    running.start(tmp_path / "b", tmp_path, version=1, parents={})
     outcome = running.poll()
     assert isinstance(outcome, Failed)
     assert "did not end within 0 s" in outcome.text
@@ -108,7 +111,7 @@ def test_a_pipeline_that_takes_too_long_is_ended(tmp_path: Path) -> None:
 def test_a_program_that_cannot_start_is_an_error_of_ours(tmp_path: Path) -> None:
     broken = SubprocessTrainer(tmp_path, tmp_path, timeout_s=1, program=(str(tmp_path / "missing"),))
     with pytest.raises(StorageError, match="cannot start the pipeline"):
-        broken.start(tmp_path / "b", tmp_path, version=1)
+        broken.start(tmp_path / "b", tmp_path, version=1, parents={})
 
 
 def _pids(tmp_path: Path) -> list[int]:

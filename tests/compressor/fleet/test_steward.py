@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.artifact import sha256
+from agent.contract.artifact import open_artifact, sha256
 from agent.contract.errors import ConfigError, DiskFull
 from compressor.fleet.database import plans, timeline
-from compressor.fleet.inbox import EventSeen, ReplySeen
+from compressor.fleet.inbox import BirthSeen, EventSeen, ReplySeen
 from compressor.fleet.means import Failed
 from compressor.fleet.situation import HELD, MAX_ASKS_PER_DAY
 from compressor.fleet.steward import order_of
@@ -58,6 +58,18 @@ def test_the_loop_runs_from_the_first_report_to_the_committed_update_without_han
     assert len(world.trainer.started) == 1
     whole = [world.story(what) for what in ("decision", "sample", "job", "publish", "desired", "reported", "rollout")]
     assert [len(texts) for texts in whole] == [5, 3, 3, 1, 3, 12, 4]
+
+
+def test_what_is_built_anew_names_what_it_succeeds(world: World) -> None:
+    first, second = (world.publishes(version) for version in (1, 2))
+    for device, digest in zip(DEVICES, (first, first, second), strict=True):
+        artifacts = {"wrist": digest, "wrist-accel": "ab" * 32}
+        world.hear(BirthSeen(device, "b1", {"artifacts": artifacts}))
+    world.to_rollout()
+    out = world.trainer.started[0][0] / "out" / "gateway"
+    wrist, accel = (open_artifact(out / name).manifest for name in ("wrist", "wrist-accel"))
+    assert (wrist.version, wrist.parent) == (3, first)
+    assert accel.parent is None  # what they carry under that name was never published
 
 
 def test_one_lying_device_gets_no_training_whatever_it_claims(world: World) -> None:
@@ -312,8 +324,6 @@ def test_every_table_stays_within_its_bound(world: World, monkeypatch: pytest.Mo
 
 
 def test_who_answers_best_first(tmp_path: Path) -> None:
-    from agent.contract.artifact import open_artifact
-
     names = ("wrist-floor", "wrist-accel", "wrist")
     artifacts = [open_artifact(artifact_folder(tmp_path / name, 1, name)) for name in names]
     assert order_of(artifacts, "wrist") == ["wrist", "wrist-accel", "wrist-floor"]

@@ -88,8 +88,9 @@ class World:
         self.hear(EventSeen(self.key(device), NOW, "warning", "sensor", "wrist", "gx is dead", channels, {},
                             {"raised": True, "alarm": "dead", "level": "broken-input"}))  # fmt: skip
 
-    def publishes(self, version: int) -> None:
-        self.publisher.publish([artifact_folder(self.folder / f"v{version}", version)])
+    def publishes(self, version: int, name: str = "wrist") -> str:
+        (digest,) = self.publisher.publish([artifact_folder(self.folder / f"{name}-{version}", version, name)])
+        return digest
 
     def holds_recording(self, device: str, reference: bytes) -> None:
         with self.database.writing() as tx:
