@@ -2,8 +2,9 @@
 
 Promises: a message counts as delivered only when its PUBACK says success; at most a window of them is on its way;
 one that no broker takes (too large, malformed) is dropped and counted; a topic the broker forbids is set aside
-for a while, and said so; what the broker would throw away because nobody subscribes to its topic is kept and tried
-again (unless configured otherwise) and holds up no other topic; a session that stops answering is replaced.
+for a while, and said so, also if the broker ends the connection over it; what the broker would throw away because
+nobody subscribes to its topic is kept and tried again (unless configured otherwise) and holds up no other topic; a
+session that stops answering is replaced.
 Reconnects for ever, with growing, jittered pauses. A broker that is down never holds up anything else.
 Leaves to others: what is sent (`agent.outbox`), its meaning (`agent.contract.messages`), the wire (`agent.session`).
 """
@@ -23,11 +24,12 @@ from agent.clock import monotonic_s, wall_s
 from agent.contract.errors import LinkError
 from agent.journal import Journal
 from agent.outbox import Outbox
-from agent.session import Broker, Flight, Inbound, Refused, Session, Will
+from agent.session import WINDOW, Broker, Flight, Inbound, Refused, Session, Will
 from agent.store import Row
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S, REFUSED_PAUSE_S = 0.5, 60.0, 15.0
 DENIED_TOPIC_S = 60.0
+LOSSES_TO_DENY = 3  # so often in a row the connection ended with one topic's message as the only one on its way
 BUSY_BROKER_S = 5.0
 
 FIRST_UNHEARD_S, LONGEST_UNHEARD_S = 1.0, 30.0
@@ -75,6 +77,9 @@ class Link:
         self._filters: tuple[str, ...] = ()
         self._on_inbound: Callable[[Inbound], None] | None = None
         self._denied: dict[str, float] = {}  # topic -> monotonic time of the next try
+        self._denials, self._denial = 0, ""
+        self._suspects: Counter[str] = Counter()  # topic -> connections that ended over it, unanswered
+        self._careful = 0  # so many answers to wait for before more than one message is on its way again
         self._busy_until_s = 0.0
         self._keep_unheard = keep_unheard
         self._unheard: dict[str, _Silence] = {}
@@ -88,9 +93,12 @@ class Link:
         pause_s = FIRST_PAUSE_S
         while not self._stopping.is_set():
             least_s = 0.0
+            denials = self._denials
             try:
                 connected_s = await self._one_session()
-                pause_s = FIRST_PAUSE_S if connected_s > LONGEST_PAUSE_S or connected_s > 4 * pause_s else pause_s
+                # what was denied is not tried again soon: a broker that hangs up over each topic is known quickly
+                if self._denials > denials or connected_s > min(LONGEST_PAUSE_S, 4 * pause_s):
+                    pause_s = FIRST_PAUSE_S
             except LinkError as error:
                 least_s = REFUSED_PAUSE_S if isinstance(error, Refused) else 0.0
                 self._note_failure(error)
@@ -148,7 +156,7 @@ class Link:
             "since": self._since,
             "broker": f"{self._broker.host}:{self._broker.port}",
             "tls": self._broker.tls is not None,
-            "error": self._error,
+            "error": self._error or (self._denial if self._denied else ""),
             "in_flight": flights,
             "denied_topics": sorted(self._denied),
             "unheard": sorted(self._unheard),
@@ -186,9 +194,15 @@ class Link:
         self._note_end(session)
         return monotonic_s() - started_s
 
+    def _room(self, session: Session) -> int:
+        """How many messages may be sent now. One at a time after a loss with unanswered ones: a broker that hangs up
+        over a message while others are still arriving resets the connection, and its reason is never read.
+        """
+        return (1 if self._careful else session.window) - len(session.flights)
+
     def _send_documents(self, session: Session) -> None:
         for topic, body in list(self._unannounced.items()):
-            if topic in self._denied or len(session.flights) >= session.window:
+            if topic in self._denied or self._room(session) <= 0:
                 continue
             del self._unannounced[topic]
             if session.fits(topic, body):
@@ -197,7 +211,7 @@ class Link:
                 self._drop_too_large(topic, body)
 
     def _send_answers(self, session: Session) -> None:
-        while self._answers and len(session.flights) < session.window:
+        while self._answers and self._room(session) > 0:
             topic, body, correlation = self._answers.popleft()
             if session.fits(topic, body):
                 session.publish(topic, body, row=None, retain=False, correlation=correlation)
@@ -219,7 +233,7 @@ class Link:
         skipped = {*self._denied} | {
             topic for topic, silence in self._unheard.items() if topic in asking or now_s < silence.next_s
         }
-        while (room := session.window - len(session.flights)) > 0:
+        while (room := self._room(session)) > 0:
             rows = self._outbox.take(room, skip_ids=ids, skip_topics=skipped, now=wall_s())
             if not rows:
                 return
@@ -246,6 +260,8 @@ class Link:
 
     def _taken(self, flight: Flight, reason: int) -> None:
         """A PUBACK came."""
+        self._careful = max(self._careful - 1, 0)
+        self._suspects.pop(flight.topic, None)
         if reason == NO_SUBSCRIBER and flight.row is not None and self._keep_unheard:
             self._not_heard(flight.row)
         elif reason < 0x80:
@@ -290,12 +306,28 @@ class Link:
         if flight.row is None and self._documents.get(flight.topic) == flight.body:
             self._unannounced[flight.topic] = flight.body
         if reason == NOT_AUTHORIZED:
-            self._denied[flight.topic] = monotonic_s() + DENIED_TOPIC_S
-            self._error = f"the broker does not let this device publish to {flight.topic}"
-            self._journal.error("link.denied", self._error, topic=flight.topic)
+            self._deny(flight.topic, f"the broker does not let this device publish to {flight.topic}")
         else:
             self._busy_until_s = monotonic_s() + BUSY_BROKER_S
             self._error = f"the broker took no message (reason 0x{reason:02x})"
+
+    def _deny(self, topic: str, why: str) -> None:
+        self._denied[topic] = monotonic_s() + DENIED_TOPIC_S
+        self._denials += 1
+        self._careful = WINDOW  # it may hang up now
+        self._error = self._denial = why
+        self._journal.error("link.denied", why, topic=topic)
+
+    def _suspect(self, flights: Sequence[Flight]) -> None:
+        """A connection ended with these unanswered; always the same topic: the broker forbids it silently."""
+        self._careful = WINDOW if flights else self._careful
+        if len(flights) != 1:
+            return
+        topic = flights[0].topic
+        self._suspects[topic] += 1
+        if self._suspects[topic] >= LOSSES_TO_DENY:
+            del self._suspects[topic]
+            self._deny(topic, f"the connection ends whenever this device publishes to {topic}")
 
     def _note_failure(self, error: LinkError) -> None:
         self._enter("refused" if isinstance(error, Refused) else "waiting", error.sentence())
@@ -309,6 +341,7 @@ class Link:
         self._counters["stuck"] += session.reason.startswith("no PUBACK")
         self._enter("waiting", f"connection lost: {session.reason}")
         self._journal.warning("link.lost", f"the connection to the broker is lost: {session.reason}")
+        self._suspect(list(session.flights.values()))
 
     def _enter(self, state: str, error: str) -> None:
         if state != self._state:

@@ -201,9 +201,9 @@ class Session:
         if self.closed.is_set():
             return
         self.reason = self.reason or reason
-        sock = self._attached
+        sock = self._attached or self._client.socket()  # connected and not yet attached: the wait was cancelled
         self._detach()
-        if sock is not None:
+        if isinstance(sock, socket.socket):
             sock.close()
         self.closed.set()
         if not self._connack.done():

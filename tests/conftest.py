@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and what they start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaks_are_found_where_they_are_made() -> Iterator[None]:
+    """What a test leaves open is an error (see filterwarnings), but only the collector notices what lies in a cycle.
+
+    Left to itself it runs in any test, mostly in those that allocate much. Collecting at the end of each module keeps
+    the error strict and says it of the module (by its last test) that leaked.
+    """
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

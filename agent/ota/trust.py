@@ -115,8 +115,8 @@ def consult(request: Request) -> Answer:
     until_s = clock.monotonic_s() + request.timeout_s
     make_folder(Path(request.folder))
     try:
-        with _alone(Path(request.folder), until_s):
-            client = _Client(request, until_s)
+        with _alone(Path(request.folder), until_s), contextlib.closing(_Fetcher(until_s, request.tls_ca)) as fetcher:
+            client = _Client(request, fetcher)
             client.refresh()
             return client.answer()
     except (RepositoryError, DownloadError) as error:
@@ -152,7 +152,7 @@ def main(request: dict[str, Any]) -> dict[str, Any]:
 class _Client:
     """One refresh of one repository."""
 
-    def __init__(self, request: Request, until_s: float) -> None:
+    def __init__(self, request: Request, fetcher: FetcherInterface) -> None:
         self._request = request
         base = request.repository.rstrip("/")
         self._updater = Updater(
@@ -160,7 +160,7 @@ class _Client:
             f"{base}/{METADATA}/",
             target_dir=request.folder,
             target_base_url=f"{base}/{TARGETS}/",
-            fetcher=_Fetcher(until_s, request.tls_ca),
+            fetcher=fetcher,
             config=CONFIG,
             bootstrap=_read_root(Path(request.root)),
         )
@@ -256,26 +256,25 @@ class _Client:
 
 
 class _Fetcher(FetcherInterface):
-    """TUF's way to the network: ours."""
+    """TUF's way to the network: ours. `close` when done: TUF drops an answer that is too long without ending it."""
 
     def __init__(self, until_s: float, tls_ca: str) -> None:
         self._until_s = until_s
         self._tls = wire.make_tls(tls_ca) if tls_ca else None
+        self._exchange = contextlib.ExitStack()  # TUF asks for one thing at a time
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        exchange = wire.get(url, until_s=self._until_s, tls=self._tls)
-        answer = exchange.__enter__()  # opened before the first byte is asked for: TUF's root walk needs the status
+        self.close()
+        # opened before the first byte is asked for: TUF's root walk needs the status
+        answer = self._exchange.enter_context(wire.get(url, until_s=self._until_s, tls=self._tls))
         if answer.status != 200:
-            exchange.__exit__(None, None, None)
+            self.close()
             raise DownloadHTTPError(f"{url} answered {answer.status}", answer.status)
-        return _closing(exchange, answer.body)
+        return answer.body
 
-
-def _closing(exchange: Any, body: Iterator[bytes]) -> Iterator[bytes]:
-    try:
-        yield from body
-    finally:
-        exchange.__exit__(None, None, None)
+    def close(self) -> None:
+        """End what was asked for last."""
+        self._exchange.close()
 
 
 def _read_root(path: Path) -> bytes:

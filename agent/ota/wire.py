@@ -86,8 +86,8 @@ def send(
                 connection.putheader(name, value)
             connection.endheaders()
             _send_body(connection, body, size, limit)
-            response = connection.getresponse()
-            answer = response.read(MAX_ANSWER_BYTES)
+            with contextlib.closing(connection.getresponse()) as response:
+                answer = response.read(MAX_ANSWER_BYTES)
         except (*_FOREIGN, ValueError) as error:
             raise limit.explain(error) from None
         limit.check()

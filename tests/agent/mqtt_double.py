@@ -31,10 +31,13 @@ class BrokerDouble:
     connack_reason: int = 0
     maximum_packet_bytes: int = 0
     answer: Callable[[Published], int | None] = _puback
+    forbids: frozenset[str] = frozenset()  # topics; over a message to one of them it hangs up
+    says_why: bool = True  # ... after a PUBACK that says so, which gets lost when more is arriving meanwhile
     garbage: bytes = b""  # sent instead of the CONNACK
     port: int = 0
     connects: int = 0
     goodbyes: int = 0
+    hang_ups: int = 0
     published: list[Published] = field(default_factory=list)
     unanswered_peak: int = 0
     _unanswered: int = 0
@@ -60,10 +63,26 @@ class BrokerDouble:
         try:
             while True:
                 kind, flags, body = await self._packet(reader)
+                if kind == PUBLISH and self._topic(body) in self.forbids:
+                    await self._refuse(body, reader, writer)
+                    return
                 self._handle(kind, flags, body, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
+
+    async def _refuse(self, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As mosquitto does: closing a socket with unread bytes resets the connection and loses what was said."""
+        self.hang_ups += 1
+        if self.says_why and not reader._buffer:  # type: ignore[attr-defined]
+            length = int.from_bytes(body[:2], "big")
+            writer.write(b"\x40\x04" + body[2 + length : 4 + length] + bytes([0x87, 0]))
+            await writer.drain()
+        writer.close()
+
+    @staticmethod
+    def _topic(body: bytes) -> str:
+        return body[2 : 2 + int.from_bytes(body[:2], "big")].decode()
 
     async def _packet(self, reader: asyncio.StreamReader) -> tuple[int, int, bytes]:
         head = (await reader.readexactly(1))[0]

@@ -160,6 +160,51 @@ def test_not_authorized_is_an_error_not_a_delivery(tmp_path: Path) -> None:
     run(story())
 
 
+FORBIDDEN = frozenset({"ev/a", "ev/b", "ev/c"})
+
+
+@pytest.mark.parametrize("says_why", [True, False], ids=["told", "silent"])
+def test_a_broker_that_hangs_up_over_forbidden_topics_gets_all_others(tmp_path: Path, *, says_why: bool) -> None:
+    async def story() -> None:
+        async with (
+            BrokerDouble(forbids=FORBIDDEN, says_why=says_why) as broker,
+            Device(tmp_path, broker.port) as device,
+        ):
+            for topic in FORBIDDEN:
+                device.put(10, topic=topic, priority=Priority.ALARM)  # more important than all others
+            device.link.announce("status", b"1")
+            device.put(30)
+            await until(lambda: device.outbox.statistics()["rows"] == 30)
+            assert sorted(int(one.body) for one in broker.published if one.topic == "tm") == list(range(31, 61))
+            statistics = device.link.statistics()
+            assert set(statistics["denied_topics"]) == FORBIDDEN  # and no innocent one
+            # each topic costs its own connection, or as many as a silent refusal takes, and one more to begin with
+            each = 1 if says_why else link_module.LOSSES_TO_DENY
+            assert broker.hang_ups <= 1 + each * len(FORBIDDEN)
+            await until(lambda: device.link.statistics()["state"] == "connected")
+            assert "publish" in device.link.statistics()["error"]  # still said on the connection that works
+
+    run(story())
+
+
+def test_losses_that_follow_no_pattern_forbid_no_topic(tmp_path: Path) -> None:
+    async def story() -> None:
+        async with BrokerDouble(answer=lambda _: None) as broker, Device(tmp_path, broker.port) as device:
+            device.put(5)
+            for number in range(1, link_module.LOSSES_TO_DENY):
+                await until(lambda number=number: broker.connects == number and broker.published)
+                broker.published.clear()
+                broker.hang_up()
+            await until(lambda: broker.published)
+            assert device.link.statistics()["in_flight"] == 1  # careful after a loss
+            broker.answer = lambda _: 0
+            broker.hang_up()
+            await until(lambda: device.outbox.statistics()["rows"] == 0)
+            assert device.link.statistics()["denied_topics"] == []
+
+    run(story())
+
+
 def test_a_message_larger_than_the_broker_takes_is_dropped_and_counted(tmp_path: Path) -> None:
     async def story() -> None:
         async with BrokerDouble(maximum_packet_bytes=1000) as broker, Device(tmp_path, broker.port) as device:

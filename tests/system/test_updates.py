@@ -139,21 +139,21 @@ def test_documents_nobody_trusted_signed_are_refused_counted_and_told(
     new = director.publish(next_version(updated.artifacts, tmp_path, 2))
     strangers = KeyRing.create(short / "strangers", ["wrist"])
     director.want(new, keys=strangers, version=41)
-    wait_until(lambda: director.reports()[-1]["code"] == "untrusted", "the stranger is refused")
-    refused = said(subscriber, "update")[-1]
+    wait_until(lambda: director.code() == "untrusted", "the stranger is refused")
+    refused = wait_until(lambda: said(subscriber, "update"), "and said so")[-1]
     assert refused["details"]["code"] == "untrusted"
     assert refused["details"]["claimed"] == 41
     director.retain(b'{"signed": {}, "signatures": []}')
     wait_until(lambda: updated.status()["update"]["orders"]["refused"].get("untrusted") == 2, "unsigned")
     director.retain(b'{"no": "envelope"}')
-    wait_until(lambda: director.reports()[-1]["code"] == "malformed", "nonsense is refused")
+    wait_until(lambda: director.code() == "malformed", "nonsense is refused")
     director.want(new, device="another-1", version=42)
     wait_until(lambda: updated.status()["update"]["orders"]["refused"]["untrusted"] == 3, "another device's")
     assert updated.status()["update"]["state"] == "idle"
     serves_v1(updated)
     assert director.end(director.want(new, version=43))["code"] == ""
     director.want(new, version=42)
-    wait_until(lambda: director.reports()[-1]["code"] == "replayed", "an older document is refused")
+    wait_until(lambda: director.code() == "replayed", "an older document is refused")
     assert versions(updated)["wrist"] == 2
 
 
@@ -188,7 +188,7 @@ def test_a_repository_that_is_gone_makes_an_update_wait_and_its_return_ends_that
     director.server.faults.append(Fault(status=503))
     updated.start()
     version = director.want(new)
-    wait_until(lambda: director.reports()[-1]["code"] == "unavailable", "the trouble is told")
+    wait_until(lambda: director.code() == "unavailable", "the trouble is told")
     serves_v1(updated)
     assert "waits: " in updated.command("status").stdout or "unavailable" in updated.command("status").stdout
     director.server.faults.clear()
@@ -205,7 +205,7 @@ def test_expired_metadata_stops_installing_and_nothing_else(
     )
     updated.start()
     version = director.want(digests)
-    wait_until(lambda: director.reports()[-1]["code"] == "metadata_stale", "the expiry is told")
+    wait_until(lambda: director.code() == "metadata_stale", "the expiry is told")
     assert updated.status()["update"]["waiting"]["code"] == "metadata_stale"
     serves_v1(updated)
     director.repository.refresh_online()
@@ -223,7 +223,7 @@ def test_a_clock_at_1970_stops_installing_and_nothing_else(
     updated.spawn(environment={"PYTHONPATH": f"{tmp_path / 'early'}:{Path.cwd()}"})
     wait_until(updated._serves, "the agent serves")
     director.want(new)
-    wait_until(lambda: director.reports()[-1]["code"] == "clock_unknown", "the clock is told")
+    wait_until(lambda: director.code() == "clock_unknown", "the clock is told")
     assert director.reports()[-1]["at"] < 1e6
     serves_v1(updated)
     assert "waits: " in updated.command("status").stdout or "clock_unknown" in updated.command("status").stdout
@@ -270,7 +270,7 @@ def test_a_disk_that_fills_up_during_the_download_stops_neither_serving_nor_late
         space = os.statvfs(updated.state)
         ballast.write_bytes(b"x" * max(space.f_bavail * space.f_frsize - 900_000, 0))
         version = director.want(new)
-        wait_until(lambda: director.reports()[-1]["code"] == "disk_full", "the full disk is told")
+        wait_until(lambda: director.code() == "disk_full", "the full disk is told")
         serves_v1(updated)
         assert not any((updated.state / "slots").iterdir())
         ballast.unlink()

@@ -78,6 +78,10 @@ class Director:
     def reports(self) -> list[dict[str, Any]]:
         return self.subscriber.documents(DEVICE, "reported")
 
+    def code(self) -> str:
+        """What the newest report complains of; "" = nothing, or no report yet."""
+        return next((str(one["code"]) for one in reversed(self.reports())), "")
+
     def end(self, version: int, *, within_s: float = 60.0) -> dict[str, Any]:
         """What the device reported when it was done with a desired version."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_a_repository_that_lies_is_refused_and_recovers(
     assert marks(world) == Marks()
     server.faults = []
     assert set(ask(world, server.url, manifests=(digest,)).manifests) == {digest}
+
+
+def test_an_answer_that_is_broken_off_is_ended_at_once_and_not_when_its_error_is_forgotten(
+    world: World, server: Server
+) -> None:
+    server.faults = [Fault("timestamp.json", endless=True)]
+    with pytest.raises(TooLarge) as kept:
+        ask(world, server.url)
+    for thread in threading.enumerate():
+        if "process_request" in thread.name:  # sends until its client is gone
+            thread.join(10)
+            assert not thread.is_alive()
+    assert kept.tb is not None
 
 
 def test_strangers_keys_are_untrusted(world: World, tmp_path: Path) -> None:
