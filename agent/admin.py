@@ -3,6 +3,7 @@
     GET /status    JSON          POST /pin    {"service": "wrist", "engine": "wrist-accel"}
     GET /metrics   Prometheus    POST /unpin  {"service": "wrist"}
                                  POST /rollback
+                                 POST /generation: a new worker; answers {"generation": its number}
 
 Small on purpose: one request per connection, bounded sizes and times. What the answers say is `Desk`'s.
 """
@@ -25,7 +26,7 @@ REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not All
 
 
 class Desk(Protocol):
-    """Who answers. `pin`, `unpin` and `roll_back` raise EdgewardenError when what is asked for does not exist."""
+    """Who answers. All but the first two raise EdgewardenError when what is asked for cannot be."""
 
     def status(self) -> dict[str, Any]: ...
 
@@ -36,6 +37,8 @@ class Desk(Protocol):
     def unpin(self, service: str) -> dict[str, Any]: ...
 
     def roll_back(self) -> dict[str, Any]: ...
+
+    def renew(self) -> dict[str, Any]: ...
 
 
 class Admin:
@@ -90,12 +93,13 @@ class Admin:
                 return _json(200, self._desk.unpin(_document(body, ("service",))["service"]))
             case "POST", "/rollback":
                 return _json(200, self._desk.roll_back())
-            case _, "/status" | "/metrics" | "/pin" | "/unpin" | "/rollback":
+            case "POST", "/generation":
+                return _json(200, self._desk.renew())
+            case _, "/status" | "/metrics" | "/pin" | "/unpin" | "/rollback" | "/generation":
                 return _json(405, {"error": f"{method} is not for {target}"})
             case _:
-                return _json(
-                    404, {"error": f"there is no {target[:60]}; try /status, /metrics, /pin, /unpin, /rollback"}
-                )
+                known = "/status, /metrics, /pin, /unpin, /rollback, /generation"
+                return _json(404, {"error": f"there is no {target[:60]}; try {known}"})
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[str, str, bytes]:

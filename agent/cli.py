@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_CONFIG = "/etc/edgewarden/agent.toml"
 INTERRUPTED = 130
 ROWS_AT_ONCE = 64
+RELOAD_POLL_S = 0.02
 SHOW_PROGRESS_AFTER_S = 2.0
 
 EPILOG = """\
@@ -93,6 +94,18 @@ def unpin(options: argparse.Namespace) -> int:
 def rollback(options: argparse.Namespace) -> int:
     document = ask(_admin_socket(options), "/rollback", {})
     return _told(options, document, "going back to the previous selection; `status` shows how far it is")
+
+
+def reload(options: argparse.Namespace) -> int:
+    socket = _admin_socket(options)
+    number = int(ask(socket, "/generation", {})["generation"])
+    while True:
+        worker = ask(socket, "/status")["worker"]
+        if worker["generation"] >= number and worker["phase"] == "serving":
+            return _told(options, worker, f"worker {worker['generation']} serves; no connection was closed")
+        if worker["incoming"] < number and worker["generation"] < number:
+            raise EdgewardenError(f"worker {number} did not come up", hint="The agent's log says why.")
+        sleep(RELOAD_POLL_S)
 
 
 def check_config(options: argparse.Namespace) -> int:
@@ -358,10 +371,11 @@ def _parser() -> argparse.ArgumentParser:
     released = add("unpin", unpin, "Give the choice of engine back to the agent.")
     released.add_argument("service")
     returned = add("rollback", rollback, "Go back to the models that served before the last update.")
+    renewed = add("reload", reload, "Replace the worker by a new one with the same models; no client notices.")
     examined = add("doctor", doctor, "Look for what would keep the agent from working, and say what to do.")
-    for one in (shown, pinned, released, returned):
+    for one in (shown, pinned, released, returned, renewed):
         one.add_argument("--socket", metavar="PATH", help="the admin socket (default: as configured)")
-    add_json(shown, asked, checked, pinned, released, returned, examined)
+    add_json(shown, asked, checked, pinned, released, returned, renewed, examined)
     return parser
 
 

@@ -20,7 +20,7 @@ from agent import VERSION
 from agent.blueprint import Blueprint
 from agent.clock import monotonic_ns, monotonic_s, wall_s
 from agent.contract.errors import StorageError
-from agent.contract.plan import EngineLoaded, EngineTrouble, FromWorker, Ready, ServicePlan
+from agent.contract.plan import EngineLoaded, EngineTrouble, FromWorker, Inherited, Ready, ServicePlan
 from agent.decisions.events import (
     Activate,
     AgentStarted,
@@ -44,11 +44,14 @@ from agent.generations import Generations
 from agent.intake import Records
 from agent.parts import MONITOR, SUPERVISOR, Parts
 from agent.reporter import Reporter, add_up
+from agent.sensors.memory import available_bytes
 from agent.steering import Pilot, Steering
 from agent.updater import Told
 
 SAVE_MONITORS_S = 30.0
 RESERVE_S = 60.0
+WORKER_BYTES = 128 * 1024 * 1024  # of a worker nobody has measured yet
+SPARE_BYTES = 16 * 1024 * 1024
 FAR_S, FAR_REQUESTS = 86_400.0, 16
 
 
@@ -124,6 +127,7 @@ class Conductor:
             on_frame=self._frame,
             on_lost=self._worker_lost,
             admits=self._admits,
+            fits_beside=self._fits_beside,
         )
         self._window_from_s = wall_s()
         self._told_totals: dict[str, int] = {}  # what telemetry windows have counted already
@@ -422,6 +426,26 @@ class Conductor:
             tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
         )
 
+    def renew(self) -> int:
+        """A new worker for what serves now; its number, or 0: one with another equipment is on its way."""
+        if self._change is not None:
+            return 0
+        if self._start_timer:
+            self._start_timer.cancel()
+        self._start_worker()
+        return self.generations.incoming
+
+    def _fits_beside(self, worker_bytes: float) -> bool:
+        """Whether there is memory for two workers at once, as far as anybody knows."""
+        handover = self._parts.config.serving.handover
+        available = available_bytes()
+        needed = (worker_bytes or WORKER_BYTES) + SPARE_BYTES
+        fits = handover == "beside" or (handover == "auto" and (available is None or available >= needed))
+        if not fits:
+            text = "the worker gives way to the next one: clients wait meanwhile"
+            self._parts.journal.notice("worker.lean", text, needed_bytes=needed, available_bytes=available)
+        return fits
+
     def _start_generation(self, services: tuple[ServicePlan, ...]) -> int:
         number = self.generations.start(
             services,
@@ -440,6 +464,11 @@ class Conductor:
                 self._parts.journal.warning(
                     "engine.trouble", frame.text,
                     service=frame.service, engine=frame.engine, code=frame.code, count=frame.count,
+                )  # fmt: skip
+            case Inherited():
+                self._parts.journal.info(
+                    "worker.inherited", f"worker {number} has taken over what {frame.generation} left",
+                    connections=frame.connections, streams=frame.streams, refused=frame.refused, lost=frame.lost,
                 )  # fmt: skip
             case _:
                 self._parts.journal.debug("worker.frame", str(frame), generation=number)
@@ -480,6 +509,9 @@ class Conductor:
         self._parts.journal.error("worker.lost", f"worker {number} is gone: {reason}", generation=number)
         self._read_what_waits()  # what it did before it ended
         if not self._stopping:
+            served = int(self._parts.supervisor.statistics()["generation"])
+            if served and not (self.generations.current or self.generations.is_starting):
+                number = served  # the one that gave way is not there to go on serving
             self.handle(WorkerLost(number, reason))
             self.steering.worker_lost(reason)
 

@@ -86,6 +86,11 @@ class ServingSection(Section):
         default=[], max_length=256, description="The only CPUs the worker runs on; empty = all."
     )
     max_body_bytes: int = Field(default=64 * 1024 * 1024, ge=1024, le=1 << 31, description="Largest request body.")
+    handover: Literal["auto", "beside", "lean"] = Field(
+        default="auto",
+        description="How a new worker takes over: started beside the old one (`beside`), after the old one has "
+        "ended, while clients wait (`lean`), or whichever the free memory allows (`auto`).",
+    )
     floor_status: Literal[200, 503] = Field(default=200, description="HTTP status of an answer by the floor.")
 
 

@@ -124,6 +124,13 @@ class Daemon:
             raise InvalidRequest("there is no previous selection to go back to")
         return updater.status()
 
+    def renew(self) -> dict[str, Any]:
+        """A new worker for what serves now. Raises: InvalidRequest: one with other models is on its way."""
+        number = self._conductor.renew()
+        if number == 0:
+            raise InvalidRequest("a worker with another selection of models is on its way")
+        return {"generation": number}
+
     def _blueprint(self, service: str) -> Blueprint:
         for blueprint in self._parts.blueprints:
             if blueprint.name == service:

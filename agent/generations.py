@@ -62,6 +62,11 @@ class Generations:
     def is_starting(self) -> bool:
         return self._incoming is not None
 
+    @property
+    def incoming(self) -> int:
+        """The number of the one that comes; 0 = none."""
+        return self._incoming.number if self._incoming is not None else 0
+
     def start(
         self,
         services: tuple[ServicePlan, ...],

@@ -80,6 +80,7 @@ def worker(sources: Sources) -> dict[str, Any]:
         "pid": current.pid if current else 0,
         "generation": current.number if current else 0,
         "phase": current.phase.value if current else ("starting" if sources.generations.is_starting else "none"),
+        "incoming": sources.generations.incoming,
         "losses": counted["losses"],
         "statistics": _whole(current.statistics) if current else {},
         **_whole(sources.generations.statistics()),

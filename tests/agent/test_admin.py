@@ -31,6 +31,9 @@ class Desk:
         self.pins.pop(service, None)
         return {"pinned": None}
 
+    def renew(self) -> dict[str, Any]:
+        return {"generation": 7}
+
 
 def ask(folder: Path, *requests: bytes) -> list[tuple[int, str]]:
     """Status and body of each answer, each asked on a connection of its own."""
@@ -74,6 +77,8 @@ def test_status_and_metrics_are_read_and_pins_set(tmp_path: Path) -> None:
         get("/status"),
         get("/metrics"),
     )
+    [renewed] = ask(tmp_path / "again", post("/generation", {}))
+    assert (renewed[0], json.loads(renewed[1])) == (200, {"generation": 7})
     assert (pin[0], json.loads(pin[1])) == (200, {"pinned": "a"})
     assert json.loads(status[1]) == {"pins": {"wrist": "a"}}
     assert unpin[0] == 200
@@ -86,6 +91,7 @@ def test_status_and_metrics_are_read_and_pins_set(tmp_path: Path) -> None:
     [
         (get("/nothing"), 404, "try /status"),
         (get("/pin"), 405, "not for /pin"),
+        (get("/generation"), 405, "not for /generation"),
         (post("/pin", {"service": "x", "engine": "a"}), 400, "no service 'x'. There is: wrist."),
         (post("/pin", {"service": "wrist"}), 400, "engine"),
         (post("/pin", [1]), 400, "object"),

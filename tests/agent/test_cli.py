@@ -54,7 +54,7 @@ def test_a_configuration_that_is_not_there_is_one_sentence(capsys: pytest.Captur
         assert "No such file or directory" in told.out + told.err
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["pin", "wrist", "wrist"], ["unpin", "wrist"]])
+@pytest.mark.parametrize("arguments", [["status"], ["pin", "wrist", "wrist"], ["unpin", "wrist"], ["reload"]])
 def test_without_an_agent_one_is_told_how_to_start_it(
     arguments: list[str], config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

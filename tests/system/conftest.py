@@ -210,7 +210,8 @@ class Load:
                     self.answered += not failure
                     self.failed += [failure] if failure else []
                     self.longest_s = max(self.longest_s, clock.monotonic_s() - started_s)
-            self.retries += client.retries
+            with self._lock:
+                self.retries += client.retries
 
 
 __all__ = ["DEVICE", "FLEET", "OPERATOR", "Agent", "Load", "wait_until"]
