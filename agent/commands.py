@@ -23,7 +23,7 @@ from agent.decisions.events import Event, Pinned, Publish, Unpinned
 from agent.orders import Order, Refusal
 from agent.ota import wire
 from agent.reporter import Reporter
-from agent.samples import Recording, find_recording, upload
+from agent.samples import Recording, deliver, find_recording
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class Commands:
 
         def work() -> Recording:
             recording = find_recording(Path(samples.folder), max_bytes=most, shape=shape)
-            upload(recording, url, token, tls=wire.make_tls(tls_ca) if tls_ca else None)
+            deliver(recording, url, token, tls=wire.make_tls(tls_ca) if tls_ca else None)
             return recording
 
         self._chores.start(work, lambda outcome: self._sampled(order, service, outcome))

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.clock import monotonic_s
+from agent.clock import monotonic_s, sleep
 from agent.contract.errors import Corrupt, TooLarge, Unavailable, Untrusted
 from agent.ota import wire
 
@@ -27,6 +27,8 @@ MEMBERS = ("windows", "labels", "recordings")
 MAX_FILES = 10_000  # looked at in the folder
 UNPACKED = 8  # a file may unpack to so many times its size
 UPLOAD_S = 300.0
+PATIENCE_S = 180.0  # a host that is out of reach may be starting anew
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0  # six tries within that time
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,24 @@ def find_recording(folder: Path, *, max_bytes: int, shape: tuple[int, ...] | Non
     if size > max_bytes:
         raise TooLarge(f"the newest recording {path.name} has {size} bytes, {max_bytes} are allowed")
     return Recording(path, size, _check(path, size, shape))
+
+
+def deliver(
+    recording: Recording, url: str, token: str, *, tls: ssl.SSLContext | None = None, patience_s: float = PATIENCE_S
+) -> dict[str, Any]:
+    """`upload`, tried again while the host cannot be reached or is busy, so that its restart costs no recording.
+
+    Raises: as `upload`.
+    """
+    until_s, pause_s = monotonic_s() + patience_s, FIRST_PAUSE_S
+    while True:
+        try:
+            return upload(recording, url, token, tls=tls)
+        except Unavailable:
+            if monotonic_s() + pause_s > until_s:
+                raise
+        sleep(pause_s)
+        pause_s = min(3 * pause_s, LONGEST_PAUSE_S)
 
 
 def upload(recording: Recording, url: str, token: str, *, tls: ssl.SSLContext | None = None) -> dict[str, Any]:

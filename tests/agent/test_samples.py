@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent import samples
 from agent.contract.errors import ArtifactError, Unavailable, Untrusted
-from agent.samples import find_recording, upload
+from agent.samples import deliver, find_recording, upload
 
 SHAPE = (16, 3)
 
@@ -110,6 +111,29 @@ def test_a_host_that_says_no_is_told(tmp_path: Path, host: str, status: int, kin
     Host.status = status
     with pytest.raises(kind, match=f"answered {status}.*no"):
         upload(find_recording(tmp_path, max_bytes=10**6), f"{host}/samples/d/1", "secret")
+
+
+def test_a_host_that_is_away_for_a_moment_still_gets_the_recording_and_one_that_refuses_is_not_pressed(
+    tmp_path: Path, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "a.npz")
+    recording = find_recording(tmp_path, max_bytes=10**6)
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        Host.status = 201 if len(pauses) == 3 else 503
+
+    monkeypatch.setattr(samples, "sleep", pause)
+    Host.status = 503
+    assert deliver(recording, f"{host}/samples/d/1", "secret")["rows"] == 5
+    assert pauses == [2.0, 6.0, 18.0]
+    Host.status = 401
+    with pytest.raises(Untrusted):
+        deliver(recording, f"{host}/samples/d/1", "secret")
+    with pytest.raises(Unavailable):
+        deliver(recording, "http://127.0.0.1:1/x", "secret", patience_s=1.0)
+    assert len(pauses) == 3
 
 
 def test_an_address_that_is_none_or_nobody_answers_is_unavailable(tmp_path: Path) -> None:
