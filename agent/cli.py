@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,13 +23,15 @@ from agent.clock import monotonic_s, sleep
 from agent.contract.errors import ArtifactError, ConfigError, EdgewardenError, InvalidRequest
 
 if TYPE_CHECKING:
+    from agent.batch import Asker, FileResult
     from agent.inputs import Wanted
 
 DEFAULT_CONFIG = "/etc/edgewarden/agent.toml"
 INTERRUPTED = 130
-ROWS_AT_ONCE = 64
+MAX_CONCURRENCY = 64
 RELOAD_POLL_S = 0.02
 SHOW_PROGRESS_AFTER_S = 2.0
+REDRAW_S = 0.1
 
 EPILOG = """\
 exit codes:
@@ -148,45 +151,95 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def infer(options: argparse.Namespace) -> int:
+    from agent.batch import Batch
     from agent.inputs import find_files
+    from agent.outputs import plan_outputs, write_outputs
 
-    files = find_files([Path(name) for name in options.inputs])
-    answers = _answers_of_artifact(options, files) if options.artifact else _answers_of_agent(options, files)
-    if options.json:
-        for answer in answers:
-            print(json.dumps(_with_nulls(answer), allow_nan=False), flush=True)
-        return 0
-    for answer in answers:
-        print(_answer_line(answer), flush=True)
-    return 0
+    model, names = _model_and_inputs(options)
+    files = find_files([Path(name) for name in names])
+    targets = plan_outputs(files, Path(options.out), options.format) if options.out else {}
+    asked = _artifact(Path(options.artifact)) if options.artifact else _agent(_serving_address(options), model)
+    progress = _Progress(len(files))
+    batch = Batch(asked.wanted, asked.make_asker, advance=progress.advance)
+    failures: list[EdgewardenError] = []
+    answered = 0
+    try:
+        for result in batch.run(files, concurrency=options.concurrency):
+            progress.clear()
+            error = result.error
+            if error is None and targets:
+                try:
+                    write_outputs(targets[result.file], result.file, result.pieces, asked.labels)
+                except EdgewardenError as failed:
+                    error = failed
+            if error is not None:
+                failures.append(error)
+                _tell_failure(options, result.file, error)
+            else:
+                answered += 1
+                _tell_answers(options, result, asked.labels, targets.get(result.file))
+    finally:
+        progress.clear()
+        if len(files) > 1 and (failures or answered < len(files)):
+            text = f"{answered} of {len(files)} files were answered, {len(failures)} could not be"
+            print(f"edgewarden-agent: {text}", file=sys.stderr)
+    return failures[0].exit_code if failures else 0
 
 
 # --- infer -------------------------------------------------------------------------------------------------
-def _answers_of_agent(options: argparse.Namespace, files: list[Path]) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Who is asked: what it takes, the names of its classes, and how one asks it from a thread."""
+
+    wanted: list[Wanted]
+    labels: list[str]
+    make_asker: Callable[[], Asker]
+
+
+def _model_and_inputs(options: argparse.Namespace) -> tuple[str, list[str]]:
+    """`infer MODEL INPUT...` and `infer INPUT...`: a first word that names no file can name the model."""
+    from agent.inputs import KINDS
+
+    first, *others = options.inputs
+    named = options.service or options.artifact or not others
+    if named or "/" in first or first.lower().endswith(KINDS) or Path(first).exists():
+        return options.service or "", options.inputs
+    return first, others
+
+
+def _agent(address: str, model: str) -> _Asked:
     from agent.client import Client
     from agent.inputs import Wanted
+    from agent.outputs import Piece
 
-    with Client(_serving_address(options), retry_once=True) as client:
-        service = options.service or _only_service(client.models())
+    with Client(address, retry_once=True) as client:
+        service = model or _only_service(client.models())
         described = client.metadata(service)
-        wanted = [Wanted(one["name"], one["datatype"], tuple(one["shape"])) for one in described["inputs"]]
-        labels = described.get("parameters", {}).get("labels", [])
 
-        def answer(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-            given = client.infer(service, inputs)
-            told = {"served_by": given.served_by, "reason": given.reason, "guard": given.guard}
-            return given.outputs, told
+    class OfAgent:
+        def __init__(self) -> None:
+            self._client = Client(address, retry_once=True)
 
-        yield from _answers(files, wanted, labels if isinstance(labels, list) else [], answer)
+        def ask(self, inputs: dict[str, Any]) -> Piece:
+            given = self._client.infer(service, inputs)
+            return Piece(None, given.outputs, given.served_by, given.reason, given.guard)
+
+        def close(self) -> None:
+            self._client.close()
+
+    wanted = [Wanted(one["name"], one["datatype"], tuple(one["shape"])) for one in described["inputs"]]
+    labels = described.get("parameters", {}).get("labels", [])
+    return _Asked(wanted, labels if isinstance(labels, list) else [], OfAgent)
 
 
-def _answers_of_artifact(options: argparse.Namespace, files: list[Path]) -> Iterator[dict[str, Any]]:
+def _artifact(folder: Path) -> _Asked:
     from agent.contract.artifact import open_artifact
     from agent.contract.plan import TensorPlan
     from agent.engine import FloorEngine, OnnxEngine
     from agent.inputs import Wanted
+    from agent.outputs import Piece
 
-    artifact = open_artifact(Path(options.artifact))
+    artifact = open_artifact(folder)
     manifest = artifact.manifest
     wanted = [Wanted(one.name, one.datatype, tuple(one.shape)) for one in manifest.inputs]
     public = [one.name for one in manifest.outputs]
@@ -196,39 +249,36 @@ def _answers_of_artifact(options: argparse.Namespace, files: list[Path]) -> Iter
         engine: Any = FloorEngine(manifest.floor_outputs or {}, inputs, outputs)
     else:
         engine = OnnxEngine.load(artifact.path("model"), sha256=manifest.blobs["model"].sha256, name=manifest.name)
-    told = {"served_by": manifest.name, "reason": "asked directly", "guard": ""}
-    yield from _answers(files, wanted, manifest.labels, lambda arrays: (engine.run(arrays, public), told))
+
+    class OfArtifact:
+        def ask(self, inputs: dict[str, Any]) -> Piece:
+            return Piece(None, engine.run(inputs, public), manifest.name, "asked directly", "")
+
+        def close(self) -> None:
+            pass
+
+    return _Asked(wanted, list(manifest.labels), OfArtifact)
 
 
-def _answers(files: list[Path], wanted: Sequence[Wanted], labels: list[str], answer: Any) -> Iterator[dict[str, Any]]:
-    """One dictionary per row, in the order of files and rows."""
-    from agent.inputs import read_inputs, rows
-
-    progress = _Progress(len(files))
-    for file in files:
-        number = 0
-        for piece in rows(read_inputs(file, wanted), ROWS_AT_ONCE):
-            outputs, told = answer(piece)
-            for row in range(len(next(iter(outputs.values())))):
-                values = {name: array[row].tolist() for name, array in outputs.items()}
-                yield {"file": str(file), "row": number, **told, "label": _label(values, labels), "outputs": values}
-                number += 1
-        progress.step()
-    progress.end()
+def _tell_failure(options: argparse.Namespace, file: Path, error: EdgewardenError) -> None:
+    sentence = error.sentence()
+    named = sentence if str(file) in sentence else f"{file}: {sentence}"
+    print(f"edgewarden-agent: {named}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({"file": str(file), "error": sentence, "code": error.code}), flush=True)
 
 
-def _with_nulls(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {name: _with_nulls(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_with_nulls(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _tell_answers(options: argparse.Namespace, result: FileResult, labels: list[str], target: Path | None) -> None:
+    from agent.outputs import answers, as_json
 
-
-def _label(values: dict[str, Any], labels: list[str]) -> str:
-    fitting = [value for value in values.values() if isinstance(value, list) and len(value) == len(labels) > 0]
-    return labels[max(range(len(labels)), key=fitting[0].__getitem__)] if fitting else ""
+    if target is not None:
+        count = sum(piece.rows or 1 for piece in result.pieces)
+        told = {"file": str(result.file), "out": str(target), "rows": count}
+        print(json.dumps(told) if options.json else f"{result.file} -> {target}  {count} rows", flush=True)
+        return
+    for answer in answers(result.file, result.pieces, labels):
+        print(as_json(answer) if options.json else _answer_line(answer))
+    sys.stdout.flush()
 
 
 def _answer_line(answer: dict[str, Any]) -> str:
@@ -246,28 +296,36 @@ def _numbers(value: Any) -> str:
 
 
 class _Progress:
-    """A bar on a terminal's stderr, only when it takes longer than SHOW_PROGRESS_AFTER_S."""
+    """A bar on a terminal's stderr, when it takes longer than SHOW_PROGRESS_AFTER_S. Any thread may advance it."""
 
     def __init__(self, total: int) -> None:
         self._total = total
-        self._done = 0
-        self._started_s = monotonic_s()
+        self._done = 0.0
+        self._started_s = self._drawn_s = monotonic_s()
         self._shown = False
+        self._lock = threading.Lock()
 
-    def step(self) -> None:
-        self._done += 1
-        spent_s = monotonic_s() - self._started_s
-        if spent_s < SHOW_PROGRESS_AFTER_S or not sys.stderr.isatty():
-            return
-        self._shown = True
-        filled = 30 * self._done // self._total
-        left_s = spent_s / self._done * (self._total - self._done)
-        bar = "█" * filled + "·" * (30 - filled)
-        print(f"\r{bar} {self._done}/{self._total} files, {left_s:.0f} s left ", end="", file=sys.stderr, flush=True)
+    def advance(self, share: float) -> None:
+        """So much of a file is done; redraws a few times a second."""
+        with self._lock:
+            self._done = min(self._done + share, self._total)
+            now_s = monotonic_s()
+            spent_s = now_s - self._started_s
+            if spent_s < SHOW_PROGRESS_AFTER_S or now_s - self._drawn_s < REDRAW_S or not sys.stderr.isatty():
+                return
+            self._drawn_s, self._shown = now_s, True
+            filled = int(30 * self._done / self._total)
+            left_s = spent_s / self._done * (self._total - self._done)
+            bar = "█" * filled + "·" * (30 - filled)
+            text = f"\r{bar} {int(self._done)}/{self._total} files, {left_s:.0f} s left \033[K"
+            print(text, end="", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
-        if self._shown:
-            print(file=sys.stderr)
+    def clear(self) -> None:
+        """Make room for a line of text."""
+        with self._lock:
+            if self._shown:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+                self._shown = False
 
 
 # --- where things are --------------------------------------------------------------------------------------
@@ -359,11 +417,17 @@ def _parser() -> argparse.ArgumentParser:
         "--watch", nargs="?", const=2.0, type=_seconds, metavar="SECONDS", help="again every SECONDS (default 2)"
     )
     asked = add("infer", infer, "Answer inputs from files: .npy, .npz, .csv, or folders of them.")
-    asked.add_argument("inputs", nargs="+", metavar="INPUT")
+    asked.usage = "%(prog)s [options] [MODEL] INPUT..."
+    asked.add_argument("inputs", nargs="+", metavar="INPUT", help="files and folders; a model's name may stand first")
     where = asked.add_mutually_exclusive_group()
     where.add_argument("--artifact", metavar="FOLDER", help="ask this artifact directly, without an agent")
     where.add_argument("--server", metavar="ADDRESS", help="unix:/path or host:port (default: as configured)")
-    asked.add_argument("--service", help="which service, when the agent serves several")
+    asked.add_argument("--service", metavar="MODEL", help="which model, when the agent serves several")
+    asked.add_argument("--out", metavar="FOLDER", help="write a file of answers for every input file")
+    asked.add_argument("--format", choices=("npz", "csv", "jsonl"), default="npz", help="of these files (npz)")
+    asked.add_argument(
+        "--concurrency", type=_concurrency, default=1, metavar="N", help="files answered at the same time (1)"
+    )
     checked = add("check-config", check_config, "Show every setting with its value and who set it.")
     pinned = add("pin", pin, "Let one engine serve, whatever happens, until `unpin`.")
     pinned.add_argument("service")
@@ -377,6 +441,13 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--socket", metavar="PATH", help="the admin socket (default: as configured)")
     add_json(shown, asked, checked, pinned, released, returned, renewed, examined)
     return parser
+
+
+def _concurrency(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= MAX_CONCURRENCY:
+        raise argparse.ArgumentTypeError(f"must lie between 1 and {MAX_CONCURRENCY}")
+    return value
 
 
 def _seconds(text: str) -> float:

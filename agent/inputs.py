@@ -9,7 +9,6 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,7 +26,7 @@ MAX_FILE_BYTES = 1024 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One input of a model; `shape` holds -1 for a free axis, the first being the rows."""
+    """One input of a model; `shape` holds -1 for a free axis; a free first axis is the rows."""
 
     name: str
     datatype: str
@@ -68,12 +67,23 @@ def read_inputs(path: Path, wanted: Sequence[Wanted]) -> dict[str, Array]:
     missing = [one.name for one in wanted if one.name not in arrays]
     if missing:
         raise InvalidRequest(f"{path} holds {', '.join(arrays) or 'nothing'}, the model takes {', '.join(missing)}")
-    return {one.name: _fit(arrays[one.name], one, path) for one in wanted}
+    batched = are_rows(wanted)
+    fitted = {one.name: _fit(arrays[one.name], one, path, batched=batched) for one in wanted}
+    counts = {name: len(array) for name, array in fitted.items()} if batched else {}
+    if len(set(counts.values())) > 1:
+        text = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise InvalidRequest(f"{path} holds different numbers of rows: {text}")
+    return fitted
+
+
+def are_rows(wanted: Sequence[Wanted]) -> bool:
+    """Whether requests are made of rows; else (a scalar, a state) a file is one request, as it is."""
+    return bool(wanted) and all(one.shape[:1] in ((-1,), (1,)) for one in wanted)
 
 
 def rows(inputs: dict[str, Array], at_once: int) -> Iterator[dict[str, Array]]:
-    """The same inputs in pieces of at most `at_once` rows."""
-    count = min(len(array) for array in inputs.values())
+    """The same inputs, all of as many rows, in pieces of at most `at_once`."""
+    count = len(next(iter(inputs.values())))
     for first in range(0, count, at_once):
         yield {name: array[first : first + at_once] for name, array in inputs.items()}
 
@@ -127,27 +137,32 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _fit(array: Array, wanted: Wanted, path: Path) -> Array:
+def _fit(array: Array, wanted: Wanted, path: Path, *, batched: bool) -> Array:
     """`array` with rows first: as it is, one row without its axis, or lines of samples cut into rows."""
-    if array.dtype.kind not in "biuf" or wanted.datatype == "BYTES":
+    texts = wanted.datatype == "BYTES"
+    if array.dtype.kind not in ("SU" if texts else "biuf"):
         raise InvalidRequest(
-            f"{path} holds {array.dtype}, input '{wanted.name}' takes {wanted.datatype}", hint="Give numbers."
+            f"{path} holds {array.dtype}, input '{wanted.name}' takes {wanted.datatype}",
+            hint="Give texts." if texts else "Give numbers.",
         )
-    inner = wanted.shape[1:]
-    shaped: Any = None
-    if _matches(array.shape[1:], inner):
-        shaped = array
-    elif _matches(array.shape, inner):
-        shaped = array[None]
-    elif _is_lines_of(array, inner):
-        shaped = array.reshape(-1, *inner)
-    if shaped is None or not len(shaped):
+    shaped = _in_rows(array, wanted.shape[1:]) if batched else array if _matches(array.shape, wanted.shape) else None
+    if shaped is None or not (shaped.size or not batched):
         raise InvalidRequest(
             f"{path} has the shape {list(array.shape)}, input '{wanted.name}' takes {list(wanted.shape)}",
-            hint="-1 stands for any number of rows.",
+            hint="-1 stands for any number of rows." if batched else "",
         )
+    if texts:
+        return shaped.astype(np.str_).astype(object)
     with np.errstate(over="ignore", invalid="ignore"):  # what the model's datatype cannot hold becomes infinite
-        return np.ascontiguousarray(shaped, DATATYPES[wanted.datatype])
+        return np.asarray(shaped, DATATYPES[wanted.datatype], order="C")
+
+
+def _in_rows(array: Array, inner: tuple[int, ...]) -> Array | None:
+    if array.ndim and _matches(array.shape[1:], inner):
+        return array
+    if _matches(array.shape, inner):
+        return array[None]
+    return array.reshape(-1, *inner) if _is_lines_of(array, inner) else None
 
 
 def _is_lines_of(array: Array, inner: tuple[int, ...]) -> bool:
@@ -158,5 +173,5 @@ def _is_lines_of(array: Array, inner: tuple[int, ...]) -> bool:
     return array.size % whole == 0 and array.shape[1] in (inner[-1], whole)
 
 
-def _matches(shape: tuple[int, ...], inner: tuple[int, ...]) -> bool:
-    return len(shape) == len(inner) and all(want in (-1, have) for have, want in zip(shape, inner, strict=True))
+def _matches(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    return len(shape) == len(wanted) and all(want in (-1, have) for have, want in zip(shape, wanted, strict=True))

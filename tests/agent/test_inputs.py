@@ -140,3 +140,28 @@ def test_long_inputs_are_sent_in_pieces() -> None:
     pieces = list(rows({"x": np.arange(5), "y": np.arange(5)}, 2))
     assert [len(piece["x"]) for piece in pieces] == [2, 2, 1]
     assert pieces[2]["y"].tolist() == [4]
+
+
+def test_a_model_without_rows_takes_scalars_and_states_as_they_are(tmp_path: Path) -> None:
+    wanted = [Wanted("state", "FP32", (2, -1, 3)), Wanted("rate", "INT64", ())]
+    np.savez(tmp_path / "x.npz", state=np.zeros((2, 1, 3)), rate=np.array(16000))
+    given_arrays = read_inputs(tmp_path / "x.npz", wanted)
+    assert {name: array.shape for name, array in given_arrays.items()} == {"state": (2, 1, 3), "rate": ()}
+    np.savez(tmp_path / "x.npz", state=np.zeros((2, 1, 3)), rate=np.array([16000]))
+    with pytest.raises(InvalidRequest, match=r"shape \[1\], input 'rate' takes \[\]"):
+        read_inputs(tmp_path / "x.npz", wanted)
+
+
+def test_inputs_of_different_length_are_refused_and_not_cut(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", window=np.zeros((3, 4, 2)), extra=np.zeros((2, 1)))
+    with pytest.raises(InvalidRequest, match="3 of window, 2 of extra"):
+        read_inputs(tmp_path / "x.npz", [WINDOW, Wanted("extra", "FP32", (-1, 1))])
+
+
+def test_texts_fit_an_input_of_bytes(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", np.array([["a", "ü"]]))
+    array = read_inputs(tmp_path / "x.npy", [Wanted("words", "BYTES", (-1, 2))])["words"]
+    assert array.tolist() == [["a", "ü"]]
+    np.save(tmp_path / "y.npy", np.zeros((1, 2)))
+    with pytest.raises(InvalidRequest, match="takes BYTES"):
+        read_inputs(tmp_path / "y.npy", [Wanted("words", "BYTES", (-1, 2))])
