@@ -5,33 +5,23 @@ Nothing of ours is on the client's side here: requests are written out, answers 
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper
 
 from agent import VERSION
-from agent.contract.plan import EngineKind, EnginePlan, ServicePlan, TensorPlan
-from tests.models import model, save, worker_plan
+from tests.interop.graphs import KINDS, ODD, ragged, scalars, service, types
+from tests.models import worker_plan
 from tests.processes import RunningWorker, Sockets
 
 pytestmark = pytest.mark.system
 MAX_BODY_BYTES = 200_000
-KINDS = {
-    "BOOL": TensorProto.BOOL, "INT8": TensorProto.INT8, "INT16": TensorProto.INT16, "INT32": TensorProto.INT32,
-    "INT64": TensorProto.INT64, "UINT8": TensorProto.UINT8, "UINT16": TensorProto.UINT16,
-    "UINT32": TensorProto.UINT32, "UINT64": TensorProto.UINT64, "FP16": TensorProto.FLOAT16,
-    "FP32": TensorProto.FLOAT, "FP64": TensorProto.DOUBLE, "BYTES": TensorProto.STRING,
-}  # fmt: skip
 DTYPES = {
     "BOOL": "?", "INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2",
     "UINT32": "<u4", "UINT64": "<u8", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8",
@@ -42,54 +32,13 @@ VALUES: dict[str, list[Any]] = {
     "UINT64": [0, 2**64 - 1], "FP16": [0.5, -65504.0], "FP32": [1.5, -(2.0**100)], "FP64": [0.1, -1e300],
     "BYTES": ["", "ü 0/\"\u0000end"],
 }  # fmt: skip
-ODD = 'serving_default/x:0 "quoted", ä.b-c'  # a tensor's name is data: it must survive everything
-
-
-# --- models --------------------------------------------------------------------------------------------------
-def engine(folder: Path, name: str, proto: onnx.ModelProto) -> ServicePlan:
-    """A service over one graph, whose tensors it declares as they are."""
-    plan = EnginePlan(
-        engine=f"{name}-engine", version=2, digest=hashlib.sha256(name.encode()).hexdigest(), kind=EngineKind.ONNX,
-        model_path=str(folder / f"{name}.onnx"), model_sha256=save(proto, folder / f"{name}.onnx"),
-        inputs=tuple(map(declared, proto.graph.input)), outputs=tuple(map(declared, proto.graph.output)),
-    )  # fmt: skip
-    return ServicePlan(service=name, engines=(plan,), active=plan.engine, guard=None, deadline_ms=60_000.0)
-
-
-def declared(value: onnx.ValueInfoProto) -> TensorPlan:
-    kind = next(name for name, number in KINDS.items() if number == value.type.tensor_type.elem_type)
-    axes = (axis.dim_value or -1 for axis in value.type.tensor_type.shape.dim)
-    return TensorPlan(value.name, kind, tuple(axes))
-
-
-def value(name: str, kind: str, shape: Sequence[Any]) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, KINDS[kind], shape)
-
-
-def types() -> onnx.ModelProto:
-    """Every datatype through a graph that gives it back: thirteen inputs and outputs with odd names."""
-    nodes = [helper.make_node("Identity", [f"{ODD} {kind}"], [f"{kind}:out"]) for kind in KINDS]
-    inputs = [value(f"{ODD} {kind}", kind, ["rows", 2]) for kind in KINDS]
-    return model(nodes, inputs, [value(f"{kind}:out", kind, ["rows", 2]) for kind in KINDS])
-
-
-def ragged() -> onnx.ModelProto:
-    """Both axes free; `twice` is as large, `count` a scalar."""
-    nodes = [helper.make_node("Add", ["x", "x"], ["twice"]), helper.make_node("Size", ["x"], ["count"])]
-    outputs = [value("twice", "FP32", ["rows", "columns"]), value("count", "INT64", [])]
-    return model(nodes, [value("x", "FP32", ["rows", "columns"])], outputs)
-
-
-def scalars() -> onnx.ModelProto:
-    nodes = [helper.make_node("Sub", ["a", "b"], ["difference"])]
-    return model(nodes, [value("a", "FP32", []), value("b", "FP32", [])], [value("difference", "FP32", [])])
 
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sockets, RunningWorker]]:
     folder = tmp_path_factory.mktemp("protocol")
-    services = [engine(folder, name, make()) for name, make in (("types", types), ("ragged", ragged))]
-    services.append(engine(folder, "scalars", scalars()))
+    graphs = {"types": types(), "ragged": ragged(), "scalars": scalars()}
+    services = [service(folder, name, graph) for name, graph in graphs.items()]
     plan = worker_plan(*services, max_body_bytes=MAX_BODY_BYTES)
     with Sockets(folder) as sockets, RunningWorker(sockets, plan) as worker:
         assert [loaded.error for loaded in worker.ready.engines] == ["", "", ""]

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from tests.interop.graphs import KINDS, ODD, ragged, service, types
 from tests.models import engine_plan, expected_probability, floor_plan, service_plan, window, worker_plan
 from tests.processes import RunningWorker, Sockets
 
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.system
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("triton")
-    plan = worker_plan(service_plan(engine_plan(folder, "wrist", version=3), floor_plan()))
+    others = (service(folder, "types", types()), service(folder, "ragged", ragged()))
+    plan = worker_plan(service_plan(engine_plan(folder, "wrist", version=3), floor_plan()), *others)
     with Sockets(folder) as sockets, RunningWorker(sockets, plan).serve():
         yield sockets.tcp_address
 
@@ -115,3 +117,67 @@ def test_compressed_requests_are_an_error_and_not_a_dropped_connection(
     with pytest.raises(utils.InferenceServerException, match="compressed") as caught:
         client.infer("wrist", [tensor(window())], request_compression_algorithm=algorithm)
     assert caught.value.status() == "415"
+
+
+# --- every datatype, several inputs and outputs --------------------------------------------------------------
+VALUES = {
+    "BOOL": np.array([[True, False]]), "FP16": np.array([[0.5, -65504.0]], np.float16),
+    "FP32": np.array([[1.5, -(2.0**100)]], np.float32), "FP64": np.array([[0.1, -1e300]]),
+    "BYTES": np.array([["", "ü \u0000 end"]], object),
+    **{f"{kind}{bits}".upper(): np.array([[np.iinfo(f"{kind}{bits}").min, np.iinfo(f"{kind}{bits}").max]],
+        f"{kind}{bits}") for kind in ("int", "uint") for bits in (8, 16, 32, 64)},
+}  # fmt: skip
+
+
+def every_type(*, binary: bool) -> list[triton.InferInput]:
+    inputs = []
+    for kind in KINDS:
+        given = triton.InferInput(f"{ODD} {kind}", [1, 2], kind)
+        given.set_data_from_numpy(VALUES[kind], binary_data=binary or kind == "FP16")
+        inputs.append(given)
+    return inputs
+
+
+@pytest.mark.parametrize("binary_in", [True, False])
+@pytest.mark.parametrize("binary_out", [True, False])
+def test_every_datatype_goes_and_comes_back(
+    client: triton.InferenceServerClient, *, binary_in: bool, binary_out: bool
+) -> None:
+    wanted = [
+        triton.InferRequestedOutput(f"{kind}:out", binary_data=binary_out or kind == "FP16")
+        for kind in reversed(KINDS)
+    ]
+    result = client.infer("types", every_type(binary=binary_in), outputs=wanted)
+    assert [output["name"] for output in result.get_response()["outputs"]] == [
+        f"{kind}:out" for kind in reversed(KINDS)
+    ]
+    for kind, values in VALUES.items():
+        given = result.as_numpy(f"{kind}:out")
+        if kind == "BYTES" and given.dtype == object:
+            given = np.array([[one if isinstance(one, str) else one.decode() for one in given.ravel()]], object)
+        assert given.shape == (1, 2)
+        assert given.tolist() == values.tolist()
+
+
+def test_fp16_asked_for_as_json_is_the_clients_own_exception(client: triton.InferenceServerClient) -> None:
+    wanted = [triton.InferRequestedOutput("FP16:out", binary_data=False)]
+    with pytest.raises(utils.InferenceServerException, match="no JSON form") as caught:
+        client.infer("types", every_type(binary=True), outputs=wanted)
+    assert caught.value.status() == "400"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 0)])
+def test_free_axes_and_a_scalar_output(client: triton.InferenceServerClient, shape: tuple[int, int]) -> None:
+    x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    given = triton.InferInput("x", list(shape), "FP32")
+    given.set_data_from_numpy(x)
+    result = client.infer("ragged", [given])
+    assert result.as_numpy("twice").tolist() == (2 * x).tolist()
+    assert result.as_numpy("count").tolist() == x.size
+
+
+def test_an_asynchronous_error_is_raised_where_the_answer_is_taken(client: triton.InferenceServerClient) -> None:
+    requests = [client.async_infer("ankle", [tensor(window())]), client.async_infer("wrist", [tensor(window())])]
+    with pytest.raises(utils.InferenceServerException, match="no model 'ankle'"):
+        requests[0].get_result()
+    assert requests[1].get_result().as_numpy("probability").shape == (1, 4)
