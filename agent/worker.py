@@ -47,7 +47,7 @@ from agent.contract.plan import (
 )
 from agent.frontend.openinference import OpenInference, body_limit
 from agent.frontend.server import Leaving, Server
-from agent.handover import Connection, Connections, Giver, Heir, Taker
+from agent.handover import MAX_PAYLOAD_BYTES, Connection, Connections, Giver, Heir, Stream, Taker
 from agent.lineup import load_lineup
 from agent.observation import RingWriter
 from agent.serving import Service, Serving
@@ -55,6 +55,7 @@ from agent.serving import Service, Serving
 TROUBLE_INTERVAL_S = 0.25
 DRAIN_LIMIT_S = 30.0
 DESCRIPTORS = 4096
+MAX_STATE_BYTES = MAX_PAYLOAD_BYTES - 4096
 EXIT_INTERNAL = 1
 EXIT_STUCK = 70  # a run ignored its end order; only a new process helps
 
@@ -182,18 +183,34 @@ class Worker:
         taker.start()
 
     def _adopt_stream(self, service: str, stream: str, state: bytes) -> None:
-        pass
+        if self._api is not None:
+            with contextlib.suppress(ContractError, ServingError):  # then its next answer says "moved"
+                self._api.streams.adopt(service, stream, state)
 
     async def _give(self, leaving: Sequence[Leaving]) -> None:
-        """Leave some connections to the next generation."""
+        """Leave some connections to the next generation, streams first. Raises: OSError: nobody takes them."""
         if self._giver is None:
             raise BrokenPipeError
+        await self._give_streams(self._giver)
         between = [one.descriptor for one in leaving if not one.unread]
         if between:
             await self._giver.give(Connections(len(between)), between)
         for one in leaving:
             if one.unread:
                 await self._giver.give(Connection(one.unread, one.since_ns), [one.descriptor])
+
+    async def _give_streams(self, giver: Giver) -> None:
+        """Leave every stream that nobody is feeding. Raises: OSError: nobody takes them."""
+        if self._api is None:
+            return
+        streams = self._api.streams
+        for service, name in tuple(streams.movable()):
+            state = streams.surrender(service, name)
+            try:
+                await giver.give(Stream(service, name, state if len(state) < MAX_STATE_BYTES else b""))
+            except OSError:
+                streams.lose(service, name)
+                raise
 
     # --- the end --------------------------------------------------------------------------------------------
     def _prefer(self, frame: Prefer) -> None:
@@ -213,6 +230,9 @@ class Worker:
             pass
         elif order.hand_over:
             await self._server.hand_over(self._give, order.limit_s)
+            if self._giver is not None:
+                with contextlib.suppress(OSError):
+                    await self._give_streams(self._giver)  # of clients that are not connected now
         else:
             await self._server.drain(order.limit_s)
         self._flush_troubles()

@@ -10,16 +10,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from agent.client import Client
-from agent.contract.plan import FromWorker, Ready, ServicePlan
+from agent.contract.plan import FromWorker, Ready, ServicePlan, WindowPlan
 from agent.generation import Patience, Phase
 from agent.generations import Generations
 from agent.intake import Intake
-from tests.models import engine_plan, floor_plan, service_plan, window
+from tests.models import CHANNELS, LENGTH, engine_plan, expected_probability, floor_plan, service_plan, window
 
 pytestmark = pytest.mark.system
+HOP = 4
 
 
 class Stage:
@@ -31,7 +33,9 @@ class Stage:
         self.listener.bind(str(self.path))
         self.listener.listen(64)
         self.listener.settimeout(0.0)
-        self.service: ServicePlan = service_plan(engine_plan(folder / "models", "wrist"), floor_plan())
+        self.service: ServicePlan = service_plan(
+            engine_plan(folder / "models", "wrist"), floor_plan(), window=WindowPlan("window", LENGTH, HOP, 10.0)
+        )
         self.intake = Intake([("wrist", "wrist-floor")])
         self.frames: list[tuple[int, FromWorker]] = []
         self.lost: list[tuple[int, str]] = []
@@ -322,5 +326,55 @@ def test_a_start_while_the_old_one_gives_way_waits_for_it_too() -> None:
         await stage.replaced_by(3)
         assert stage.lost == []
         assert stage.generations.statistics()["lean"] == 1
+
+    play(story)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@pytest.mark.parametrize("stays_connected", [True, False])
+def test_a_stream_goes_on_in_the_next_generation_as_if_nothing_had_happened(
+    *, fits: bool, stays_connected: bool
+) -> None:
+    async def story(stage: Stage) -> None:
+        stage.fits = fits
+        stage.start()
+        await stage.serving(1)
+        samples = np.random.default_rng(3).normal(size=(120, CHANNELS)).astype(np.float32)
+        client = Client(f"unix:{stage.path}")
+        stream = client.stream("wrist", "left")
+        rows, resets = [], []
+        for number, start in enumerate(range(0, 120, 30), 1):
+            if number > 1:
+                if not stays_connected:
+                    client.close()
+                stage.start()
+                await stage.replaced_by(number)
+            answer = await asyncio.to_thread(stream.send, samples[start : start + 30])
+            rows.append(answer.outputs["probability"])
+            resets.append(answer.parameters.get("ew_stream_reset", ""))
+        client.close()
+        assert resets == ["started", "", "", ""]
+        windows = np.stack([samples[at : at + LENGTH] for at in range(0, 120 - LENGTH + 1, HOP)])
+        np.testing.assert_allclose(np.concatenate(rows), expected_probability(windows), atol=1e-5)
+        assert stage.generations.statistics()["streams_moved"] == 3
+
+    play(story)
+
+
+def test_a_stream_whose_state_died_with_its_worker_says_so() -> None:
+    async def story(stage: Stage) -> None:
+        stage.start()
+        await stage.serving(1)
+        samples = np.zeros((20, CHANNELS), np.float32) + np.arange(20, dtype=np.float32)[:, None]
+        with Client(f"unix:{stage.path}", retry_once=True) as client:
+            stream = client.stream("wrist", "left")
+            await asyncio.to_thread(stream.send, samples)
+            assert stage.generations.current is not None
+            os.kill(stage.generations.current.pid, 9)
+            await stage.until(lambda: stage.lost)
+            stage.start()
+            await stage.serving(2)
+            answer = await asyncio.to_thread(stream.send, samples)
+            assert answer.parameters["ew_stream_reset"] == "moved"
 
     play(story)
