@@ -47,7 +47,8 @@ def classifier(*, scale: float = 1.0, view: bool = True, trouble: str = "") -> o
     """A graph window (rows, LENGTH, CHANNELS) -> probability (rows, CLASSES) and the view: channel means.
 
     `trouble` says what happens when the first number of the first row is above 100:
-    "raise" (a Reshape that cannot fit), "nan" (NaN in the output), "slow" (a loop that never ends).
+    "raise" (a Reshape that cannot fit), "nan" (NaN in the output), "slow" (a loop that never ends), "deaf" (one
+    kernel that takes most of a minute, and no orders meanwhile).
     """
     nodes = [
         helper.make_node("ReduceMean", ["window"], ["mean"], axes=[1], keepdims=0),
@@ -151,7 +152,7 @@ def _trouble(kind: str) -> list[onnx.NodeProto]:
     calm = helper.make_graph(
         [helper.make_node("Identity", ["soft"], ["calm"])], "calm", [], [_free("calm")]
     )  # fmt: skip
-    body = {"raise": _raising, "nan": _not_a_number, "slow": _endless}[kind]()
+    body = {"raise": _raising, "nan": _not_a_number, "slow": _endless, "deaf": _deaf}[kind]()
     return [helper.make_node("If", ["told"], ["probability"], then_branch=body, else_branch=calm)]
 
 
@@ -173,6 +174,51 @@ def _not_a_number() -> onnx.GraphProto:
         helper.make_node("Div", ["nothing", "zero"], ["bad"]),
     ]
     return helper.make_graph(nodes, "bad", [], [_free("bad")], [zero])
+
+
+def hungry(megabytes: int) -> onnx.ModelProto:
+    """A few hundred bytes with the classifier's signature, no view, that fill so much memory at every run."""
+    numbers = megabytes * 2**20 // 4
+    shape = numpy_helper.from_array(np.array([numbers], np.int64), "shape")
+    nodes = [
+        helper.make_node("ReduceMean", ["window"], ["mean"], axes=[1], keepdims=0),
+        helper.make_node("ReduceSum", ["mean"], ["one"], keepdims=0),
+        helper.make_node("Expand", ["one", "shape"], ["plenty"]),
+        helper.make_node("ReduceMax", ["plenty"], ["most"], keepdims=0),
+        helper.make_node("MatMul", ["mean", "weights"], ["raw"]),
+        helper.make_node("Add", ["raw", "most"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probability"], axis=1),
+    ]
+    inputs = [helper.make_tensor_value_info("window", TensorProto.FLOAT, ["rows", LENGTH, CHANNELS])]
+    outputs = [helper.make_tensor_value_info("probability", TensorProto.FLOAT, ["rows", CLASSES])]
+    return model(nodes, inputs, outputs, [shape, numpy_helper.from_array(_weights(), "weights")])
+
+
+def _deaf() -> onnx.GraphProto:
+    """Non-maximum suppression of boxes that do not touch compares all with all, within one kernel."""
+    boxes = 150_000
+    constants = {
+        "end": np.array(2.0 * boxes, np.float32), "two": np.array(2, np.float32), "unit": np.array(1, np.float32),
+        "nil": np.array(0, np.float32), "column": np.array([1, boxes, 1], np.int64),
+        "row": np.array([1, 1, boxes], np.int64), "all": np.array([boxes], np.int64),
+        "half": np.array([0.5], np.float32),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Range", ["nil", "end", "two"], ["flat"]),
+        helper.make_node("Reshape", ["flat", "column"], ["top"]),
+        helper.make_node("Add", ["top", "unit"], ["bottom"]),
+        helper.make_node("Expand", ["nil", "column"], ["left"]),
+        helper.make_node("Expand", ["unit", "column"], ["right"]),
+        helper.make_node("Concat", ["top", "left", "bottom", "right"], ["boxes"], axis=2),
+        helper.make_node("ReduceMax", ["soft"], ["score"], keepdims=0),  # so that it cannot be folded while loading
+        helper.make_node("Expand", ["score", "row"], ["scores"]),
+        helper.make_node("NonMaxSuppression", ["boxes", "scores", "all", "half"], ["kept"]),
+        helper.make_node("Cast", ["kept"], ["counts"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMax", ["counts"], ["count"], keepdims=0),
+        helper.make_node("Add", ["soft", "count"], ["bad"]),
+    ]
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    return helper.make_graph(nodes, "bad", [], [_free("bad")], weights)
 
 
 def _endless() -> onnx.GraphProto:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import UnknownModel
-from agent.contract.plan import EngineKind, TensorPlan, ViewPlan
-from agent.lineup import Lineup, load_lineup
-from tests.models import engine_plan, floor_plan, service_plan
+from agent.contract.plan import EngineKind, Placement, RuntimePlan, TensorPlan, ViewPlan
+from agent.engine import OnnxEngine
+from agent.engine.tuning import Times
+from agent.lineup import Lineup, Seat, load_lineup, placed
+from tests.models import engine_plan, floor_plan, hungry, save, service_plan
 
 
 def order(lineup: Lineup) -> list[str]:
@@ -109,3 +111,54 @@ def test_an_engine_that_is_not_usable_cannot_be_preferred(tmp_path: Path) -> Non
     lineup, _ = load_lineup(service_plan(engine_plan(tmp_path, "wrist"), floor_plan()))
     with pytest.raises(UnknownModel, match="'wrist-accel' cannot be preferred, usable are: wrist, wrist-floor"):
         lineup.prefer("wrist-accel", active="wrist", reason="")
+
+
+def test_an_engine_that_needs_too_much_memory_is_left_out_and_the_chain_serves(tmp_path: Path) -> None:
+    path = tmp_path / "hungry.onnx"
+    plan = replace(
+        engine_plan(tmp_path, "wrist", view=False), model_path=str(path), model_sha256=save(hungry(300), path),
+        golden_path="", runtime=RuntimePlan(memory_bytes=100_000_000),
+    )  # fmt: skip
+    lineup, (first, second) = load_lineup(service_plan(plan, engine_plan(tmp_path, "wrist-accel", view=False)))
+    assert [seat.plan.engine for seat in lineup.seats] == ["wrist-accel"]
+    assert lineup.reason == "switched: wrist is not usable"
+    assert (first.golden_ok, first.error_code) == (False, "too_large")
+    assert "needs more than the 100 MB of memory it may take" in first.error
+    assert "serving.memory_mb" in first.error
+    assert second.golden_ok
+
+
+def test_a_report_says_how_an_engine_is_run(tmp_path: Path) -> None:
+    runtime = RuntimePlan(threads=0, providers=("CUDA",), control_flow=("If",), cache_folder=str(tmp_path / "models"))
+    plan = replace(engine_plan(tmp_path, "wrist"), runtime=runtime)
+    for cached in (False, True):
+        _, (report, floor) = load_lineup(service_plan(plan, floor_plan()))
+        assert (report.error, report.cached) == ("", cached)
+        assert (report.threads, report.provider, report.placement) == (1, "CPUExecutionProvider", "inline")
+        assert 0 < report.p50_us <= report.p95_us
+        assert report.memory_bytes >= 0
+        assert report.note.startswith("CUDAExecutionProvider was asked for")
+        assert (floor.threads, floor.provider, floor.placement) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("placement", "times_us", "expected"),
+    [
+        (Placement.AUTO, (5.0, 299.0), Placement.INLINE),
+        (Placement.AUTO, (5.0, 300.0), Placement.THREAD),  # the slowest decides: any engine may be asked
+        (Placement.AUTO, (), Placement.INLINE),
+        (Placement.INLINE, (90_000.0,), Placement.INLINE),
+        (Placement.THREAD, (5.0,), Placement.THREAD),
+    ],
+)
+def test_a_service_runs_where_it_is_told_or_where_its_slowest_engine_belongs(
+    tmp_path: Path, placement: Placement, times_us: tuple[float, ...], expected: Placement
+) -> None:
+    plan = engine_plan(tmp_path, "wrist")
+    service = service_plan(plan, placement=placement)
+    seats = []
+    for time_us in times_us:
+        engine = OnnxEngine.load(Path(plan.model_path))
+        engine.times = Times(time_us / 2, time_us)
+        seats.append(Seat(0, plan, engine))
+    assert placed(service, Lineup(tuple(seats))) is expected

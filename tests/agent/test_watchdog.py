@@ -43,6 +43,19 @@ def test_a_run_that_ignores_its_end_is_reported_as_unstoppable() -> None:
     dog.close()
 
 
+def test_a_loop_without_end_is_ended_at_its_limit(tmp_path: Path) -> None:
+    engine = load_lineup(service_plan(engine_plan(tmp_path, "wrist", trouble="slow")))[0].seats[0].engine
+    unstoppable: list[str] = []
+    dog = Watchdog(600.0, lambda: unstoppable.append("stuck"))
+    watch = dog.watch()
+    for _ in range(2):  # and the engine can be used again
+        with pytest.raises(EngineFailed, match="was ended"):
+            watch.run(engine, {"window": window(TOLD)}, clock.monotonic_ns() + 50_000_000)
+        assert watch.run(engine, {"window": window()}, clock.monotonic_ns() + 60_000_000_000)
+    assert unstoppable == []
+    dog.close()
+
+
 def test_the_watchdog_sleeps_while_nothing_runs_and_wakes_for_a_run(tmp_path: Path) -> None:
     engine = load_lineup(service_plan(engine_plan(tmp_path, "wrist", trouble="slow")))[0].seats[0].engine
     dog = Watchdog(5.0, lambda: None)

@@ -27,9 +27,31 @@ from agent.contract.errors import (
     Overloaded,
     UnknownModel,
 )
-from agent.contract.plan import Drained, EngineTrouble, GuardPlan, Prefer, Ready, Serve, Start, WorkerPlan
+from agent.contract.plan import (
+    Drained,
+    EngineTrouble,
+    GuardPlan,
+    Placement,
+    Prefer,
+    Ready,
+    RuntimePlan,
+    Serve,
+    Start,
+    WorkerPlan,
+)
 from agent.observation import Outcome
-from tests.models import engine_plan, expected_probability, floor_plan, guard_plan, service_plan, window, worker_plan
+from agent.worker import EXIT_STUCK
+from tests.models import (
+    engine_plan,
+    expected_probability,
+    floor_plan,
+    guard_plan,
+    hungry,
+    save,
+    service_plan,
+    window,
+    worker_plan,
+)
 from tests.processes import RunningWorker, Sockets
 
 pytestmark = pytest.mark.system
@@ -344,7 +366,69 @@ def test_a_preference_holds_from_its_acknowledgement_on(tmp_path: Path, sockets:
         assert (told.engine, told.code) == ("nobody", "unknown_model")
 
 
+# --- how engines are run --------------------------------------------------------------------------------------
+def test_an_engine_too_large_for_its_limit_is_refused_and_the_chain_serves(tmp_path: Path, sockets: Sockets) -> None:
+    path = tmp_path / "hungry.onnx"
+    wrist = replace(
+        engine_plan(tmp_path, "wrist", view=False), model_path=str(path), model_sha256=save(hungry(300), path),
+        golden_path="", runtime=RuntimePlan(memory_bytes=100_000_000),
+    )  # fmt: skip
+    plan = worker_plan(service_plan(wrist, engine_plan(tmp_path, "wrist-accel", view=False), floor_plan()))
+    with RunningWorker(sockets, plan).serve() as worker, Client(sockets.unix_address) as client:
+        refused, *others = worker.ready.engines
+        assert (refused.engine, refused.error_code) == ("wrist", "too_large")
+        assert "more than the 100 MB of memory" in refused.error
+        assert [loaded.error for loaded in others] == ["", ""]
+        answer = client.infer("wrist", {"window": window()})
+        assert (answer.served_by, answer.reason) == ("wrist-accel", "switched: wrist is not usable")
+        assert worker.statistics()["resident_bytes"] < 200e6
+
+
+@pytest.mark.parametrize("placement", list(Placement))
+def test_wherever_it_runs_the_answer_is_the_same(tmp_path: Path, sockets: Sockets, placement: Placement) -> None:
+    plan = plan_of(tmp_path, placement=placement)
+    with RunningWorker(sockets, plan).serve() as worker, Client(sockets.unix_address) as client:
+        where = {loaded.placement for loaded in worker.ready.engines if loaded.threads}
+        assert where == {"thread" if placement is Placement.THREAD else "inline"}
+        x = window()
+        given = client.infer("wrist", {"window": x}).outputs["probability"]
+        np.testing.assert_allclose(given, expected_probability(x), atol=1e-6)
+
+
+def test_a_worker_stays_on_its_cpus(tmp_path: Path, sockets: Sockets) -> None:
+    mine = sorted(os.sched_getaffinity(0))
+    for wanted, expected in (((mine[-1],), {mine[-1]}), ((), set(mine)), ((4095,), set(mine))):
+        with RunningWorker(sockets, replace(plan_of(tmp_path), cpus=wanted)) as worker:
+            assert os.sched_getaffinity(worker.process.pid) == expected
+
+
+def test_the_next_worker_loads_the_graphs_that_the_first_one_kept(tmp_path: Path, sockets: Sockets) -> None:
+    plan, runtime = plan_of(tmp_path), RuntimePlan(control_flow=("If",), cache_folder=str(tmp_path / "models"))
+    (service,) = plan.services
+    engines = tuple(replace(engine, runtime=runtime) for engine in service.engines)
+    plan = replace(plan, services=(replace(service, engines=engines),))
+    answers = []
+    for cached in (False, True):
+        with RunningWorker(sockets, plan).serve() as worker, Client(sockets.unix_address) as client:
+            assert [loaded.cached for loaded in worker.ready.engines] == [cached, cached, False]
+            answers.append(client.infer("wrist", {"window": window()}).outputs["probability"].tobytes())
+    assert answers[0] == answers[1]
+
+
 # --- the end of a worker -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("placement", [Placement.INLINE, Placement.THREAD])
+def test_a_kernel_that_takes_no_orders_costs_the_worker_and_the_next_one_serves(
+    tmp_path: Path, sockets: Sockets, placement: Placement
+) -> None:
+    plan = replace(plan_of(tmp_path, trouble="deaf", placement=placement), stuck_after_s=0.2)
+    with RunningWorker(sockets, plan).serve() as worker:
+        with Client(sockets.unix_address) as client, pytest.raises(Disconnected):
+            client.infer("wrist", {"window": window(TOLD)}, deadline_ms=60_000.0)
+        assert worker.wait() == EXIT_STUCK
+    with RunningWorker(sockets, plan).serve(), Client(sockets.unix_address) as client:
+        assert client.infer("wrist", {"window": window()}).served_by == "wrist"
+
+
 def test_after_a_kill_the_next_worker_answers_whoever_waits(tmp_path: Path, sockets: Sockets) -> None:
     plan = plan_of(tmp_path)
     answers: list[str] = []
