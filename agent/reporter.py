@@ -42,6 +42,12 @@ class Reporter:
         )
         self._announce(self._topics.status, self._status.encode())
 
+    def presence_again(self) -> None:
+        """Say it once more: somebody new listens."""
+        if self._status is not None:
+            self._status = self._status.model_copy(update={"at": wall_s()})
+            self._announce(self._topics.status, self._status.encode())
+
     def gaps(self, kept_from: Mapping[str, int]) -> None:
         """The host waits for messages that will never come: say with the presence, per boot, what still may."""
         if kept_from and self._status is not None and kept_from != self._status.kept_from:

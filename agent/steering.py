@@ -145,8 +145,13 @@ class Steering:
 
     def _enrolled(self, said: Publish, *, done: bool) -> None:
         self._pilot.publish(said)
-        if done and self._follows_host():
+        if not done:
+            return
+        if self._follows_host():
             self._follow_host()
+        self._reporter.presence_again()  # the host refused what is retained while it did not know us
+        self._pilot.tell_birth()
+        self._pilot.report()
 
     # --- making ---------------------------------------------------------------------------------------------
     def _make_updater(self, installer: Installer) -> Updater:

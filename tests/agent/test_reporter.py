@@ -126,6 +126,16 @@ def test_empty_places_are_told_with_the_presence_once(reporter: Reporter) -> Non
     assert status()["kept_from"] == {"b1": 9}
 
 
+def test_presence_is_said_again_when_somebody_new_listens(reporter: Reporter) -> None:
+    reporter.presence_again()  # nobody is present yet
+    reporter.presence("online", "started")
+    before = json.loads(reporter._link._unannounced.pop(TOPICS.status))
+    reporter.presence_again()
+    after = json.loads(reporter._link._unannounced[TOPICS.status])
+    assert after.pop("at") > before.pop("at")
+    assert after == before
+
+
 def test_without_a_link_nothing_is_queued(outbox: Outbox) -> None:
     reporter = Reporter(TOPICS, outbox, None)
     reporter.event(Publish("error", "worker", "lost"), decision_time_s=0.0)
