@@ -67,6 +67,11 @@ class Generations:
         """The number of the one that comes; 0 = none."""
         return self._incoming.number if self._incoming is not None else 0
 
+    @property
+    def leaving(self) -> int:
+        """How many that have served, or were given up, have not ended yet."""
+        return sum(one is not self._current and one is not self._incoming for one in self._tasks)
+
     def start(
         self,
         services: tuple[ServicePlan, ...],

@@ -81,6 +81,7 @@ def worker(sources: Sources) -> dict[str, Any]:
         "generation": current.number if current else 0,
         "phase": current.phase.value if current else ("starting" if sources.generations.is_starting else "none"),
         "incoming": sources.generations.incoming,
+        "leaving": sources.generations.leaving,
         "losses": counted["losses"],
         "statistics": _whole(current.statistics) if current else {},
         **_whole(sources.generations.statistics()),
