@@ -147,6 +147,20 @@ def test_the_doctor_says_what_to_do_and_fails_with_the_codes_of_the_errors(
     assert "outbox" in broker["advice"]
 
 
+def test_the_doctor_says_what_engines_will_run_on(
+    config: Path, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = config.read_text()
+    assert main(["doctor", "--config", str(config)]) == 0
+    assert "ok    runtime" in capsys.readouterr().out
+    wishes = "[serving]\nproviders = ['CUDA']\nmemory_mb = 900_000\ncpus = [0, 4000]\n"
+    config.write_text(text.replace("[serving]\n", wishes))
+    assert main(["doctor", "--config", str(config)]) == 0  # the CPU does it: no failure
+    told = capsys.readouterr().out
+    for words in ("CUDAExecutionProvider was asked for and is not there", "allows an engine 900000", "[4000]"):
+        assert words in told
+
+
 def test_the_doctor_goes_on_when_an_artifact_is_missing(
     config: Path, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

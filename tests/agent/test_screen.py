@@ -80,6 +80,18 @@ def test_the_screen_says_who_serves_and_why_and_what_is_wrong() -> None:
     assert "\033" not in screen
 
 
+def test_it_says_how_the_serving_engine_is_run_and_what_could_not_be_had() -> None:
+    loaded = {
+        "threads": 3, "placement": "thread", "provider": "CPUExecutionProvider", "p50_us": 2500.0,
+        "note": "CUDAExecutionProvider was asked for, this runtime has CPUExecutionProvider",
+    }  # fmt: skip
+    engines = [dict(engine) for engine in SERVICE["engines"]]
+    engines[1]["loaded"] = loaded
+    screen = draw(changed(service={"engines": engines}), Look(width=0))
+    assert "CPU, 3 threads, on a thread of its own, 2500 µs when warm" in screen
+    assert "wrist-accel: CUDAExecutionProvider was asked for" in screen
+
+
 def test_it_fits_one_screen_and_keeps_its_width() -> None:
     long = changed(service={"reason": "x" * 500, "complaints": ["y" * 500]})
     lines = draw(long, Look(width=80)).splitlines()

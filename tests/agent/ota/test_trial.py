@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from agent.contract.artifact import Input
+from agent.contract.artifact import Budget, Input, Runtime, open_artifact
 from agent.contract.errors import ArtifactError, Corrupt, EdgewardenError, EngineFailed, Incompatible
+from agent.contract.plan import RuntimePlan
+from agent.engine import prepare
 from agent.ota import child
 from agent.ota.child import Limits
 from agent.ota.errors import GoldenMismatch, ResourceLimit
@@ -23,8 +26,9 @@ WINDOW = helper.make_tensor_value_info("window", TensorProto.FLOAT, [None, model
 PROBABILITY = helper.make_tensor_value_info("probability", TensorProto.FLOAT, [None, models.CLASSES])
 
 
-def tried(folder: Path, *, limit_s: float = 5.0) -> dict[str, Any]:
-    return child.run("agent.ota.trial", {"folder": str(folder), "limit_s": limit_s}, LIMITS)
+def tried(folder: Path, *, limit_s: float = 5.0, runtime: dict[str, Any] | None = None) -> dict[str, Any]:
+    request = {"folder": str(folder), "limit_s": limit_s, "runtime": runtime or {}}
+    return child.run("agent.ota.trial", request, LIMITS)
 
 
 def test_a_good_candidate_passes_and_is_measured(tmp_path: Path) -> None:
@@ -100,6 +104,52 @@ def test_a_memory_hog_of_a_few_bytes_is_refused(tmp_path: Path) -> None:
     make_artifact(tmp_path / "a", proto=proto)
     with pytest.raises(ResourceLimit):
         tried(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("memory_bytes", "budgets", "whose"),
+    [
+        (60_000_000, [], "configured"),
+        (0, [Budget(device_class="gateway", memory_bytes=60_000_000)], "promised"),
+        (60_000_000, [Budget(device_class="gateway", memory_bytes=900_000_000)], "configured before promised"),
+    ],
+)
+def test_a_candidate_may_take_what_is_configured_else_what_it_promises(
+    tmp_path: Path, memory_bytes: int, budgets: list[Budget], whose: str
+) -> None:
+    assert whose
+    value = helper.make_tensor("value", TensorProto.FLOAT, [1], [1.0])
+    node = helper.make_node("ConstantOfShape", ["shape"], ["huge"], value=value)
+    proto = _with_ballast(node, [40_000_000], [helper.make_node("Abs", ["huge"], ["end"])])
+    make_artifact(tmp_path / "a", proto=proto, budgets=budgets)
+    with pytest.raises(ResourceLimit, match="more than the 60 MB of memory it may take"):
+        tried(tmp_path / "a", runtime={"memory_bytes": memory_bytes})
+
+
+def test_what_a_trial_finds_out_is_kept_for_the_worker(tmp_path: Path) -> None:
+    make_artifact(tmp_path / "a")
+    artifact = open_artifact(tmp_path / "a")
+    runtime = RuntimePlan(threads=0, cache_folder=str(tmp_path / "models"))
+    answer = tried(tmp_path / "a", runtime=asdict(runtime))
+    assert 0 <= answer["memory_bytes"] < 300e6
+    engine = prepare(
+        artifact.path("model"), sha256=artifact.manifest.blobs["model"].sha256, name="a", runtime=runtime,
+        check=lambda _: None,
+    )  # fmt: skip
+    assert engine.cached
+
+
+@pytest.mark.parametrize(("manifest", "configured"), [([], []), (["If"], []), ([], ["If"]), (["If"], ["If", "Loop"])])
+def test_control_flow_is_named_by_the_manifest_or_by_the_configuration(
+    tmp_path: Path, manifest: list[str], configured: list[str]
+) -> None:
+    runtime = Runtime(opset=17, minimum="1.20", precision="float32", control_flow=manifest)
+    make_artifact(tmp_path / "a", proto=models.classifier(scale=1.01, trouble="nan"), runtime=runtime)
+    if manifest or configured:
+        assert tried(tmp_path / "a", runtime={"control_flow": configured})["ok"]
+    else:
+        with pytest.raises(Incompatible, match="control-flow operator 'If'"):
+            tried(tmp_path / "a")
 
 
 def test_a_processor_hog_that_cannot_be_stopped_is_killed(tmp_path: Path) -> None:
