@@ -4,6 +4,7 @@
     device list|show|enrol               who is out there, what it runs, a one-time token for a new one
     drift list|show                      what was decided, on which numbers, for which reason
     rollout list|halt                    how far updates got
+    rollout start|rollback SERVICE       offer published artifacts to devices, or go back to earlier ones
 
 `register` adds them to the parser of `compressor.cli`, which translates errors into exit codes.
 """
@@ -14,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,11 @@ from agent.contract.errors import ConfigError
 
 if TYPE_CHECKING:
     from compressor.config import HostConfig
-    from compressor.fleet.database import Database
+    from compressor.fleet.approval import SignedRepository
+    from compressor.fleet.catalogue import Catalogue
+    from compressor.fleet.database import Connection, Database
+    from compressor.fleet.proposal import Known, Wish
+    from compressor.publish import Published
 
 Commands = Any  # argparse names the type of its sub-parsers privately
 TOKEN_LIFETIME_S = 24 * 3600.0
@@ -42,19 +47,45 @@ def register(commands: Commands) -> None:
         "list": (_drift_list, "decisions, newest first", ()),
         "show": (_drift_show, "one decision with its numbers and reason", ("decision",)),
     })  # fmt: skip
-    _group(commands, "rollout", "updates on their way", {
+    rollouts = _group(commands, "rollout", "updates on their way", {
         "list": (_rollout_list, "rollouts, newest first", ()),
         "halt": (_rollout_halt, "offer it to nobody else", ("rollout",)),
     })  # fmt: skip
+    start = "offer published artifacts to devices; the running host does it, once they are approved"
+    _proposing(rollouts.add_parser("start", help=start), rollback=False)
+    back = "go back to earlier versions, not below the signed minimum"
+    _proposing(rollouts.add_parser("rollback", help=back), rollback=True)
 
 
-def _group(commands: Commands, name: str, text: str, verbs: dict[str, Any]) -> None:
+def _proposing(parser: argparse.ArgumentParser, *, rollback: bool) -> None:
+    parser.add_argument("service", metavar="SERVICE")
+    parser.add_argument(
+        "--artifact", action="extend", nargs="+", required=True, metavar="DIGEST", dest="artifacts",
+        help="manifest digests, or their first 8 characters or more: the whole chain of the service",
+    )  # fmt: skip
+    parser.add_argument(
+        "--order", type=_names, default=(), metavar="NAME,...",
+        help="who answers, best first (default: the service's model, then its fallbacks as it names them)",
+    )  # fmt: skip
+    to = parser.add_mutually_exclusive_group()
+    to.add_argument("--device", action="extend", nargs="+", default=[], metavar="DEVICE", dest="devices")
+    to.add_argument("--cohort", default="", metavar="NAME", help="default: the one of [regeneration]")
+    _common(parser, _rollout_start)
+    parser.set_defaults(rollback=rollback)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _group(commands: Commands, name: str, text: str, verbs: dict[str, Any]) -> Commands:
     actions = commands.add_parser(name, help=text).add_subparsers(required=True, metavar="ACTION")
     for verb, (run, explanation, arguments) in verbs.items():
         parser = actions.add_parser(verb, help=explanation)
         for argument in arguments:
             parser.add_argument(argument, metavar=argument.upper())
         _common(parser, run)
+    return actions
 
 
 def _common(
@@ -189,7 +220,7 @@ def _device_enrol(options: argparse.Namespace) -> int:
     return _show(options, document, text)
 
 
-def _catalogue(config: HostConfig) -> Any:
+def _catalogue(config: HostConfig) -> Catalogue:
     from compressor.fleet.catalogue import Catalogue
 
     catalogue = Catalogue(Path(config.repository.folder) if config.repository.folder else None)
@@ -248,3 +279,106 @@ def _rollout_halt(options: argparse.Namespace) -> int:
             raise ConfigError(f"there is no rollout '{options.rollout}'", hint="`rollout list` shows all.")
     document = {"rollout": int(options.rollout), "halt_asked": True}
     return _show(options, document, f"Rollout {options.rollout} will be halted by the running host.")
+
+
+def _rollout_start(options: argparse.Namespace) -> int:
+    """Draft a rollout beside the running host, which offers it; `options.rollback`: lower versions are meant."""
+    from agent.clock import wall_s
+    from compressor.fleet.database import plans, timeline
+    from compressor.fleet.proposal import Wish, propose
+
+    with _opened(options) as (config, database):
+        repository, catalogue = _signed(config), _catalogue(config)
+        minimum, published = repository.policy(options.service).minimum_version, repository.published()
+        with database.writing() as tx:
+            wish = Wish(
+                options.service, tuple(options.artifacts), _addressed(options, config, tx), options.order,
+                options.rollback,
+            )  # fmt: skip
+            proposal = propose(wish, _known(tx, wish, published, minimum, catalogue))
+            now_s = wall_s()
+            number = plans.add_rollout(
+                tx, cohort=_cohort(options, config), service=wish.service, job=None, state="draft",
+                devices=list(wish.devices), versions={}, artifacts=proposal.artifacts, order=proposal.order,
+                created_at=now_s, since=now_s, text="", rollback=wish.rollback,
+            )  # fmt: skip
+            what = ", ".join(catalogue.label(proposal.artifacts[name]) for name in proposal.order)
+            whom = ", ".join(wish.devices)
+            verb = "back to" if wish.rollback else "of"
+            text = f"rollout {number} {verb} {what} to {whom} drafted by an operator"
+            timeline.add(tx, "rollout", text, at=now_s)
+        waiting = repository.unapproved(wish.service, list(proposal.artifacts.values()), wish.devices)
+    document = {
+        "rollout": number, "service": wish.service, "devices": list(wish.devices), "artifacts": proposal.artifacts,
+        "order": proposal.order, "rollback": wish.rollback, "unapproved": waiting,
+    }  # fmt: skip
+    then = (
+        f"It waits until {', '.join(map(catalogue.label, waiting))} is approved: "
+        f"`edgewarden-compressor publish --approve ARTIFACT ...`; `rollout list` says so."
+        if waiting
+        else "The running host offers it; `rollout list` shows how far it got."
+    )
+    return _show(options, document, f"Rollout {number} {verb} {what} to {whom} is drafted.\n{then}")
+
+
+def _signed(config: HostConfig) -> SignedRepository:
+    """Raises: ConfigError: this host signs nothing."""
+    from compressor.fleet.approval import SignedRepository
+    from compressor.keys import KeyRing
+
+    if not config.repository.folder:
+        raise ConfigError(
+            "this host has no update repository", hint="Set repository.folder and repository.keys, then restart it."
+        )
+    return SignedRepository(Path(config.repository.folder), KeyRing(Path(config.repository.keys)))
+
+
+def _cohort(options: argparse.Namespace, config: HostConfig) -> str:
+    """The cohort that is addressed; "" = devices are, by name."""
+    return "" if options.devices else str(options.cohort or config.regeneration.cohort)
+
+
+def _addressed(options: argparse.Namespace, config: HostConfig, tx: Connection) -> tuple[str, ...]:
+    """Ids of the devices that shall get it. Raises: ConfigError."""
+    from compressor.fleet.database import devices
+
+    cohort = _cohort(options, config)
+    if cohort and not config.fleet.cohorts.get(cohort):
+        named = ", ".join(sorted(config.fleet.cohorts)) or "none"
+        raise ConfigError(
+            f"no device is in a cohort '{cohort}'", hint=f"fleet.cohorts names {named}; or use --device."
+        )
+    known = devices.known(tx) | {one for members in config.fleet.cohorts.values() for one in members}
+    wanted = sorted(set(options.devices or config.fleet.cohorts[cohort]))
+    strangers = [device for device in wanted if device not in known]
+    if strangers:
+        raise ConfigError(f"nothing is known of a device '{strangers[0][:60]}'", hint="`device list` shows all.")
+    return tuple(wanted)
+
+
+def _known(
+    tx: Connection, wish: Wish, published: Sequence[Published], minimum: Mapping[str, int], catalogue: Catalogue
+) -> Known:
+    from compressor.fleet.database import devices, plans
+    from compressor.fleet.proposal import Known
+
+    manifests = {
+        entry.digest: found.manifest
+        for entry in published
+        if entry.family == wish.service and (found := catalogue.find(entry.digest)) is not None
+    }
+    rows = [row for device in wish.devices if (row := devices.find(tx, device)) is not None]
+    carried = {row.id: dict((row.birth or {}).get("artifacts", {})) for row in rows}
+    digests = {digest for engines in carried.values() for digest in engines.values()}
+    return Known(
+        published=manifests,
+        minimum=minimum,
+        carried=carried,
+        versions={digest: found.manifest.version for digest in digests if (found := catalogue.find(digest))},
+        busy={
+            device: row.id
+            for row in plans.rollouts(tx, states=plans.OPEN_ROLLOUTS)
+            if not row.halt_asked
+            for device in row.devices
+        },
+    )

@@ -81,11 +81,15 @@ class Offers:
         with self._database.reading() as tx:
             open_ = plans.rollouts(tx, states=plans.OPEN_ROLLOUTS)
             said = {row.id: _said(row) for row in devices.listed(tx)} if open_ else {}
+        taken = {device for row in open_ if row.state != "draft" for device in row.devices}
         self._look_at = {row.id: self._look_at[row.id] for row in open_ if row.id in self._look_at}
         for row in open_:
             before = self._rollout(row)
             if row.state == "draft" and not row.halt_asked:
-                self._try_to_offer(row, before, now_s)
+                # one at a time on every device: a document takes the place of one that is still on its way
+                if taken.isdisjoint(row.devices):
+                    self._try_to_offer(row, before, now_s)
+                taken |= set(row.devices)
                 continue
             heard = {device: words for device, words in said.items() if words is not None}
             after = rollouts.advance(before, heard, now=now_s, halt=bool(row.halt_asked))
@@ -114,10 +118,11 @@ class Offers:
     def _await_approval(self, row: Row[Any], missing: Sequence[str], now_s: float) -> None:
         repository, regeneration = self._config.repository, self._config.regeneration
         built = self._config.host.folder / "builds" / str(row.job) / "out" / (regeneration.device_class or "*") / "*"
+        folders = "ARTIFACT..." if row.job is None else str(built)
         text = (
             f"awaits approval of {', '.join(self._catalogue.label(digest) for digest in missing)}: "
             f"edgewarden-compressor publish --approve --keys {repository.keys} "
-            f"--repository {repository.folder} {built}"
+            f"--repository {repository.folder} {folders}"
         )
         with self._database.writing() as tx:
             plans.change_rollout(tx, row.id, text=text)
@@ -144,7 +149,7 @@ class Offers:
                     device=device, version=versions[device], issued_at=now_s, rollout=str(row.id),
                     deadline_s=self._config.regeneration.update_deadline_s,
                     services={row.service: {"artifacts": row.artifacts, "order": row.order}},
-                    repository=f"{self._means.public_url()}/repository",
+                    repository=f"{self._means.public_url()}/repository", rollback=bool(row.rollback),
                 )  # fmt: skip
                 devices.change(tx, device, now_s=now_s, desired=json.loads(documents[device]))
                 label = self._catalogue.label(row.artifacts[row.order[0]])

@@ -24,6 +24,7 @@ from compressor.fleet.inbox import ReplySeen
 from compressor.fleet.means import Built, Failed, Means, Trainer
 from compressor.fleet.offers import Offers
 from compressor.fleet.planner import ASKS, Decision, Kind, plan
+from compressor.fleet.proposal import order_of
 from compressor.fleet.rollout import State
 from compressor.fleet.situation import situations
 from compressor.fleet.tokens import hash_token, new_token
@@ -260,12 +261,13 @@ class Steward:
         chosen = {artifact.manifest.name: digest for artifact, digest in zip(artifacts, digests, strict=True)}
         members = self._config.fleet.cohorts.get(job.cohort, [])
         named = ", ".join(self._catalogue.label(digest) for digest in digests)
+        manifests = [artifact.manifest for artifact in artifacts]
         with self._database.writing() as tx:
             plans.change_job(tx, job.id, state="done", artifacts=chosen)
             self._means.note(tx, "publish", f"published {named}", now_s)
             number = plans.add_rollout(
                 tx, cohort=job.cohort, service=job.service, job=job.id, state="draft", devices=sorted(members),
-                versions={}, artifacts=chosen, order=order_of(artifacts, job.service), created_at=now_s, since=now_s,
+                versions={}, artifacts=chosen, order=order_of(manifests, job.service), created_at=now_s, since=now_s,
                 text="",
             )  # fmt: skip
             self._means.note(tx, "rollout", f"rollout {number} of {named} to cohort {job.cohort} drafted", now_s)
@@ -303,14 +305,6 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot remove {path}: {error}") from error
-
-
-def order_of(artifacts: Sequence[Artifact], service: str) -> list[str]:
-    """Who answers, best first: the service's own model, its fallbacks as it names them, then whatever is left."""
-    names = [artifact.manifest.name for artifact in artifacts]
-    active = next((a.manifest for a in artifacts if a.manifest.name == service), artifacts[0].manifest)
-    wanted = [active.name, *active.fallbacks, *sorted(names)]
-    return list(dict.fromkeys(name for name in wanted if name in names))
 
 
 def _carried(device: Row[Any]) -> dict[str, str]:

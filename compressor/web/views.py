@@ -201,8 +201,9 @@ def updates_view(tx: Connection, catalogue: Catalogue) -> dict[str, Any]:
             for row in reversed(plans.jobs(tx, limit=5))
         ],
         "rollouts": [
-            {"id": row.id, "state": row.state, "service": row.service, "cohort": row.cohort, "since": when(row.since),
-             "text": row.text, "open": row.state in plans.OPEN_ROLLOUTS, "halt_asked": row.halt_asked,
+            {"id": row.id, "state": row.state, "service": row.service, "since": when(row.since),
+             "cohort": row.cohort or ", ".join(row.devices), "rollback": bool(row.rollback), "text": row.text,
+             "open": row.state in plans.OPEN_ROLLOUTS, "halt_asked": row.halt_asked,
              "models": [catalogue.label(row.artifacts[name]) for name in row.order if name in row.artifacts]}
             for row in reversed(plans.rollouts(tx, limit=5))
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import stat
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from agent.clock import monotonic_s, wall_s
 from agent.contract.repository import FamilyPolicy
 from agent.ota import wire
+from compressor.cli import main as edgewarden_compressor
 from compressor.config import HostConfig
 from compressor.fleet.database import devices, messages, plans
 from compressor.fleet.service import Service
@@ -25,7 +27,7 @@ from compressor.publish import Repository
 from scripts.story.broker import OPERATOR, Broker
 from tests.artifacts import record
 from tests.system.conftest import DEVICE, FLEET, Agent, wait_until
-from tests.system.updating import update_toml
+from tests.system.updating import next_version, update_toml
 
 pytestmark = [pytest.mark.system, pytest.mark.torch]
 
@@ -42,16 +44,18 @@ class Host:
                          "password_file": str(broker.password_file(OPERATOR))},
                 "fleet": {"name": FLEET}, "http": {"port": 0}, "web": {"enabled": False},
                 "repository": {"folder": str(folder / "repository"), "keys": str(folder / "keys")},
+                "regeneration": {"soak_s": 0.2},
             }),
             say=lambda *_: None,
         )  # fmt: skip
         self.thread = threading.Thread(target=self.service.run, name="host")
         self.thread.start()
-        assert self.service.wait_ready(15)
+        assert self.service.wait_ready(60)
 
     def stop(self) -> None:
         self.service.stop()
-        self.thread.join(20)
+        self.thread.join(60)
+        assert not self.thread.is_alive()
 
     def token(self) -> str:
         token = new_token()
@@ -121,6 +125,8 @@ def test_a_device_enrols_once_and_then_keeps_messages_until_its_host_has_them(
     assert stat.S_IMODE((agent.state / "device.pem").stat().st_mode) == 0o600
     row = wait_until(lambda: (found := host.row()) and found.enrolled_at and found, "the host knows it")
     assert len(row.public_key) == 64
+    row = wait_until(lambda: (one := host.row()) and one.birth and one.reported and one, "what it said before")
+    assert row.presence == "online"
     assert "BEGIN PRIVATE" not in agent.log.read_text()
     wait_until(lambda: host.committed() >= 3, "telemetry is committed")
     wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "what is committed is forgotten")
@@ -134,7 +140,12 @@ def test_a_device_enrols_once_and_then_keeps_messages_until_its_host_has_them(
     wait_until(lambda: agent.status()["outbox"]["rows"] <= 2, "all of it has arrived")
     with host.service.database.reading() as tx:
         assert messages.watermarks(tx, DEVICE)[boot] >= 6
-        assert messages.missing(tx, DEVICE) == 0
+
+    def missing() -> int:
+        with host.service.database.reading() as tx:
+            return messages.missing(tx, DEVICE)
+
+    wait_until(lambda: missing() == 0, "every number has arrived")
 
 
 class Gate(ThreadingHTTPServer):
@@ -241,3 +252,35 @@ def test_recordings_are_uploaded_when_asked_for_and_only_sound_ones(agent: Agent
     assert "1000000 are allowed" in asked()[1]
     (folder / "d.npz").write_bytes(b"PK\x03\x04 and then nothing")
     assert "no recording" in asked()[1]
+
+
+def test_an_operator_rolls_out_what_was_published_by_hand_and_takes_it_back(
+    agent: Agent, broker: Broker, host: Host, artifacts: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(agent, broker, host)
+    agent.start()
+    wait_until(lambda: (found := host.row()) and found.birth, "the host knows what it carries")
+    names = ("wrist", "wrist-accel", "wrist-floor")
+    repository = Repository(host.folder / "repository", KeyRing(host.folder / "keys"))
+    first = repository.publish([artifacts[name] for name in names])
+    second = repository.publish(list(next_version(artifacts, agent.folder, 2, names=names).values()))
+    config = host.folder / "compressor.toml"
+    config.write_text(
+        f'[host]\nfolder = "{host.folder / "host"}"\n[fleet]\nname = "{FLEET}"\n'
+        f'[repository]\nfolder = "{host.folder / "repository"}"\nkeys = "{host.folder / "keys"}"\n'
+    )
+
+    def ended(number: int) -> str:
+        """The last words of a rollout that ended."""
+        with host.service.database.reading() as tx:
+            (row,) = (row for row in plans.rollouts(tx) if row.id == number)
+        return f"{row.state}: {row.text}" if row.state in ("completed", "halted") else ""
+
+    for verb, digests in (("start", second), ("rollback", first)):
+        arguments = ("wrist", "--artifact", *digests, "--device", DEVICE, "--config", str(config), "--json")
+        assert edgewarden_compressor(["rollout", verb, *arguments]) == 0
+        number = json.loads(capsys.readouterr().out)["rollout"]
+        words = wait_until(lambda number=number: ended(number), f"rollout {verb} ends")
+        assert words.startswith("completed"), words
+        assert set(host.row().birth["artifacts"].values()) == set(digests)
+        assert agent.service()["serving"] == "wrist"

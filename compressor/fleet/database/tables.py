@@ -20,6 +20,8 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    inspect,
+    text,
 )
 
 METADATA = MetaData()
@@ -213,7 +215,7 @@ ROLLOUT = Table(
     _key(),
     Column("cohort", _DEVICE, nullable=False),
     Column("service", _DEVICE, nullable=False),
-    Column("job", Integer),
+    Column("job", Integer),  # none: an operator started it
     Column("state", String(16), nullable=False),
     Column("devices", JSON, nullable=False),
     Column("versions", JSON, nullable=False),  # device -> its desired version
@@ -223,6 +225,7 @@ ROLLOUT = Table(
     Column("since", Float, nullable=False),  # when it entered its state
     Column("text", Text, nullable=False),
     Column("halt_asked", Boolean, nullable=False, default=False),
+    Column("rollback", Boolean, nullable=False, default=False),  # lower versions are meant
 )
 
 TIMELINE = Table(
@@ -243,5 +246,11 @@ def _first(connection: Connection) -> None:
     METADATA.create_all(connection)
 
 
-MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_first,)
+def _rollbacks(connection: Connection) -> None:
+    """Not where `_first` made the table as it is now."""
+    if "rollback" not in {column["name"] for column in inspect(connection).get_columns(ROLLOUT.name)}:
+        connection.execute(text("ALTER TABLE rollout ADD COLUMN rollback BOOLEAN NOT NULL DEFAULT 0"))
+
+
+MIGRATIONS: tuple[Callable[[Connection], None], ...] = (_first, _rollbacks)
 """One step per schema version; the table `schema` counts those applied."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -236,6 +237,22 @@ def test_the_lock_of_a_killed_host_is_free(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)
     Database(tmp_path, serving=True).close()
+
+
+def test_rollouts_of_an_older_host_are_none_that_go_back(tmp_path: Path) -> None:
+    first = Database(tmp_path)
+    fields = {"cohort": "canary", "service": "wrist", "devices": [], "versions": {}, "artifacts": {}, "order": []}
+    with first.writing() as tx:
+        plans.add_rollout(tx, job=1, state="halted", created_at=NOW, since=NOW, text="", **fields)
+    first.close()
+    with sqlite3.connect(first.path) as raw:
+        raw.executescript("ALTER TABLE rollout DROP COLUMN rollback; UPDATE schema SET version = 1")
+    raw.close()
+    second = Database(tmp_path)
+    with second.writing() as tx:
+        plans.add_rollout(tx, job=None, state="draft", created_at=NOW, since=NOW, text="", rollback=True, **fields)
+        assert [row.rollback for row in plans.rollouts(tx)] == [False, True]
+    second.close()
 
 
 def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:

@@ -128,3 +128,69 @@ def test_a_director_key_that_cannot_be_read_holds_up_nothing_else(world: World) 
     world.director.failure = None
     world.step(later_s=11)
     assert world.rollout().state == "running"
+
+
+def test_what_an_operator_starts_is_offered_like_a_regeneration(world: World) -> None:
+    first, second = (world.publishes(version) for version in (1, 2))
+    number = world.starts({"wrist": second}, "w1", "w3")
+    world.step()
+    assert world.wire.retained.keys() == {"ew/1/demo/w1/desired", "ew/1/demo/w3/desired"}
+    key, document = world.desired()["w3"]
+    assert (key, document["rollback"], document["rollout"], document["deadline_s"]) == (
+        "first",
+        False,
+        str(number),
+        200,
+    )
+    assert document["services"] == {"wrist": {"artifacts": {"wrist": second}, "order": ["wrist"]}}
+    for device in ("w1", "w3"):
+        world.reports(device, 1, "committed")
+    world.step()
+    world.step(later_s=31)
+    assert world.rollout().state == "completed"
+    world.starts({"wrist": first}, "w3", rollback=True)
+    world.step()
+    assert world.desired()["w3"][1]["rollback"] is True
+    assert world.desired()["w3"][1]["version"] == 2
+    assert world.desired()["w1"][1]["version"] == 1
+
+
+def test_a_device_gets_one_rollout_at_a_time(world: World) -> None:
+    digests = [world.publishes(version) for version in (1, 2, 3)]
+    for digest, devices_ in zip(digests, (("w1",), ("w1", "w2"), ("w2",)), strict=True):
+        world.starts({"wrist": digest}, *devices_)
+    world.step()
+    assert world.states() == ["running", "draft", "draft"]  # the third waits for the second, which is older
+    world.reports("w1", 1, "committed")
+    for _ in range(3):  # soaking, completed, and then the next
+        world.step(later_s=31)
+    assert world.states() == ["completed", "running", "draft"]
+    with world.database.writing() as tx:
+        plans.change_rollout(tx, 2, halt_asked=True)
+    for _ in range(2):
+        world.step(later_s=11)
+    assert world.states() == ["completed", "halted", "running"]
+
+
+def test_what_an_operator_starts_waits_for_its_approval_too(world: World) -> None:
+    world.publisher.missing = ["all"]
+    world.starts({"wrist": world.publishes(1)}, "w1")
+    world.step()
+    assert world.rollout().text.startswith("awaits approval of wrist v1: edgewarden-compressor publish --approve")
+    assert world.rollout().text.endswith(" ARTIFACT...")
+
+
+def test_a_repository_that_cannot_be_read_is_asked_again_after_a_while(world: World) -> None:
+    asked: list[str] = []
+
+    def unapproved(family: str, *_: object) -> list[str]:
+        asked.append(family)
+        raise ConfigError("the repository knows no family")
+
+    world.publisher.unapproved = unapproved  # type: ignore[method-assign]
+    world.starts({"wrist": world.publishes(1)}, "w1")
+    for _ in range(9):
+        world.step()
+    assert (len(asked), world.rollout().state) == (1, "draft")
+    world.step(later_s=11)
+    assert len(asked) == 2

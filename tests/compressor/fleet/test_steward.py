@@ -12,12 +12,10 @@ from compressor.fleet.database import plans, timeline
 from compressor.fleet.inbox import BirthSeen, EventSeen, ReplySeen
 from compressor.fleet.means import Failed
 from compressor.fleet.situation import HELD, MAX_ASKS_PER_DAY
-from compressor.fleet.steward import order_of
 from tests.compressor.fleet.doubles import (
     DEVICES,
     NOW,
     REFERENCE,
-    artifact_folder,
 )
 from tests.compressor.fleet.world import World
 
@@ -321,9 +319,3 @@ def test_every_table_stays_within_its_bound(world: World, monkeypatch: pytest.Mo
     world.steward.tidy(now_s=world.now)
     with world.database.reading() as tx:
         assert len(timeline.newest(tx)) == 3
-
-
-def test_who_answers_best_first(tmp_path: Path) -> None:
-    names = ("wrist-floor", "wrist-accel", "wrist")
-    artifacts = [open_artifact(artifact_folder(tmp_path / name, 1, name)) for name in names]
-    assert order_of(artifacts, "wrist") == ["wrist", "wrist-accel", "wrist-floor"]

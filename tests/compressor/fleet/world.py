@@ -92,6 +92,15 @@ class World:
         (digest,) = self.publisher.publish([artifact_folder(self.folder / f"{name}-{version}", version, name)])
         return digest
 
+    def starts(self, artifacts: dict[str, str], *members: str, rollback: bool = False) -> int:
+        """A rollout as an operator's command drafts it."""
+        with self.database.writing() as tx:
+            return plans.add_rollout(
+                tx, cohort="", service="wrist", job=None, state="draft", devices=list(members), versions={},
+                artifacts=artifacts, order=list(artifacts), created_at=self.now, since=self.now, text="",
+                rollback=rollback,
+            )  # fmt: skip
+
     def holds_recording(self, device: str, reference: bytes) -> None:
         with self.database.writing() as tx:
             path = self.folder / f"{device}.npz"
@@ -133,6 +142,10 @@ class World:
         """Device -> the key that signed what is retained for it, and what that says."""
         found = {topic.split("/")[3]: json.loads(body) for topic, body in self.wire.retained.items() if body}
         return {device: (body["signatures"][0]["keyid"], body["signed"]) for device, body in found.items()}
+
+    def states(self) -> list[str]:
+        with self.database.reading() as tx:
+            return [row.state for row in plans.rollouts(tx)]
 
     def job(self) -> Any:
         with self.database.reading() as tx:
