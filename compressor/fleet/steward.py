@@ -32,6 +32,7 @@ from compressor.fleet.tokens import hash_token, new_token
 MAX_JOB_ATTEMPTS = 2  # a pipeline that was cut off is started once more; its finished stages are cached
 PUBLISH_RETRY_S = 10.0
 KEPT_BUILDS = 4
+KEPT_RECORDINGS_S = 30 * 86_400.0
 
 
 class Steward:
@@ -281,7 +282,7 @@ class Steward:
                 messages.prune(tx, row.id)
             timeline.prune(tx)
             plans.prune_decisions(tx)
-            self._prune_recordings(tx)
+            self._prune_recordings(tx, now_s)
         if self._means.publisher is not None:
             try:
                 self._means.publisher.refresh_online()
@@ -289,22 +290,26 @@ class Steward:
                 self._means.say("error", "publish", f"cannot refresh the online metadata: {error.sentence()}")
         self._means.say("debug", "tidy", f"tidied at {now_s:.0f}")
 
-    def _prune_recordings(self, tx: Connection) -> None:
-        """What a regeneration learned from goes once its rollout is completed; until then it may be needed again."""
+    def _prune_recordings(self, tx: Connection, now_s: float) -> None:
+        """What a regeneration learned from goes once its rollout is completed; until then it may be needed again.
+
+        What none learned from goes after a month: all recordings together are bounded, and new ones need the room.
+        """
         completed = {row.job for row in plans.rollouts(tx, states=(State.COMPLETED,))}
-        done = [job for job in plans.jobs(tx, states=("done",)) if job.id in completed]
-        for name in {name for job in done for name in job.samples}:
-            sample = plans.sample(tx, name)
-            if sample is not None and sample.state == "accepted":
-                _remove(Path(sample.path))
-                plans.change_sample(tx, name, state="used")
+        used = {name for job in plans.jobs(tx, states=("done",)) if job.id in completed for name in job.samples}
+        needed = {name for job in plans.jobs(tx, states=plans.OPEN_JOBS) for name in job.samples}
+        for sample in plans.samples(tx, states=("accepted",)):
+            old = sample.id not in needed and now_s - (sample.settled_at or now_s) > KEPT_RECORDINGS_S
+            if (sample.id in used or old) and self._remove(Path(sample.path)):
+                plans.change_sample(tx, sample.id, state="used" if sample.id in used else "expired")
 
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot remove {path}: {error}") from error
+    def _remove(self, path: Path) -> bool:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._means.say("error", "tidy", f"cannot remove the recording {path}: {error.strerror}")
+            return False
+        return True
 
 
 def _carried(device: Row[Any]) -> dict[str, str]:

@@ -28,7 +28,7 @@ CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 REFERENCE = {1: b"reference of version 1", 2: b"reference of version 2"}
 
 
-def wait_until(true: Callable[[], Any], *, timeout_s: float = 15.0) -> Any:
+def wait_until(true: Callable[[], Any], *, timeout_s: float = 60.0) -> Any:
     """What `true()` returned once it was something; polls, because several threads are involved."""
     deadline = clock.monotonic_s() + timeout_s
     while not (found := true()):
@@ -55,7 +55,7 @@ class Device:
         self.client.on_subscribe = lambda *_: listening.set()
         self.client.connect("127.0.0.1", self.port)
         self.client.loop_start()
-        assert listening.wait(10)
+        assert listening.wait(60)
 
     @property
     def base(self) -> str:
@@ -64,7 +64,9 @@ class Device:
     def send(self, tail: str, document: Any, *, retain: bool = False) -> None:
         """Publish and wait until the broker has it."""
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
-        self.client.publish(f"{self.base}/{tail}", body, qos=1, retain=retain).wait_for_publish(5)
+        sent = self.client.publish(f"{self.base}/{tail}", body, qos=1, retain=retain)
+        sent.wait_for_publish(60)
+        assert sent.is_published()
 
     def event(self, seq: int, kind: str = "drift", *, boot: str = "b1", **fields: Any) -> None:
         document = {
@@ -81,7 +83,7 @@ class Device:
         }  # fmt: skip
         self.send("reported", document, retain=True)
 
-    def next(self, tail: str, *, timeout_s: float = 15.0) -> bytes:
+    def next(self, tail: str, *, timeout_s: float = 60.0) -> bytes:
         """The next payload on a topic of this device; others are skipped."""
         while True:
             topic, payload = self.heard.get(timeout=timeout_s)
@@ -182,6 +184,7 @@ class FakePublisher:
     failure: Exception | None = None
     calls: int = 0
     missing: list[str] = field(default_factory=list)
+    refreshed: int = 0
 
     def publish(self, folders: Sequence[Path]) -> list[str]:
         self.calls += 1
@@ -195,6 +198,7 @@ class FakePublisher:
         return [digest for digest in digests if digest in self.missing or "all" in self.missing]
 
     def refresh_online(self) -> bool:
+        self.refreshed += 1
         return False
 
     def _put(self, raw: bytes) -> str:

@@ -127,6 +127,27 @@ def test_recordings_go_once_their_rollout_is_completed(world: World) -> None:
     assert (world.rows()[-1], len(world.wire.commands)) == ("answered", 3)
 
 
+def test_recordings_that_nobody_learned_from_go_after_a_month(world: World) -> None:
+    world.holds_recording("w1", REFERENCE[1])
+    world.steward.tidy(now_s=world.now + 29 * 86_400)
+    assert (world.folder / "w1.npz").exists()
+    world.steward.tidy(now_s=world.now + 31 * 86_400)
+    assert not (world.folder / "w1.npz").exists()
+    with world.database.reading() as tx:
+        assert [row.state for row in plans.samples(tx)] == ["expired"]
+
+
+def test_a_recording_that_cannot_be_removed_holds_up_no_other_tidying(world: World) -> None:
+    for device in DEVICES[:2]:
+        world.holds_recording(device, REFERENCE[1])
+    (world.folder / "w1.npz").unlink()
+    (world.folder / "w1.npz").mkdir()  # what no unlink removes, whoever asks
+    world.steward.tidy(now_s=world.now + 31 * 86_400)
+    with world.database.reading() as tx:
+        assert {row.device: row.state for row in plans.samples(tx)} == {"w1": "accepted", "w2": "expired"}
+    assert world.publisher.refreshed == 1
+
+
 def test_a_liar_and_a_device_of_another_cohort_contribute_nothing_to_a_training(world: World) -> None:
     world.holds_recording("stranger", REFERENCE[1])
     for device in DEVICES[:2]:
