@@ -21,8 +21,12 @@ from scripts.serving_bench.processes import Failed
 def cold_start_s(folder: Path, model: Model) -> float:
     """Seconds. Raises: Failed: no answer came within a minute."""
     config = folder / "agent.toml"
-    first, *_, last = model.artifacts
-    config.write_text(f'[[service]]\nname = "{model.name}"\nartifact = "{first}"\nfloor = "{last}"\n')
+    first, *others, last = model.artifacts
+    chain = ", ".join(f'"{one}"' for one in others)
+    config.write_text(
+        f'[state]\nfolder = "{folder / "state"}"\n[[service]]\nname = "{model.name}"\nartifact = "{first}"\n'
+        f'fallbacks = [{chain}]\nfloor = "{last}"\n'
+    )
     plan = WorkerPlan(1, tuple(blueprint.plan for blueprint in draw_up(load_config(config, {}).config)))
     return asyncio.run(_start(plan, folder / "cold.sock", ours_request(model, binary=True)))
 
@@ -34,13 +38,14 @@ async def _start(plan: WorkerPlan, path: Path, request: bytes) -> float:
         if isinstance(frame, Ready):
             generation.serve()
 
-    generation = Generation(plan, Patience(), on_frame=heard, on_end=lambda _one, _why: ended.set())
+    giving, leavings = socket.socketpair()
+    generation = Generation(plan, Patience(), giving, on_frame=heard, on_end=lambda _one, _why: ended.set())
     ring = create_ring()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
         listener.listen(16)
         began_s = time.monotonic()
-        living = asyncio.create_task(generation.live([listener], ring, os.environ))
+        living = asyncio.create_task(generation.live([listener], ring, os.environ, takings={}))
         try:
             async with asyncio.timeout(60):
                 await asyncio.to_thread(answer_length, path, request)
@@ -50,4 +55,5 @@ async def _start(plan: WorkerPlan, path: Path, request: bytes) -> float:
         finally:
             generation.drain()
             await living
+            leavings.close()
             os.close(ring)
