@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -278,5 +280,29 @@ def test_what_is_no_connection_is_refused(kind: str) -> None:
             os.close(descriptor)
         await until(lambda: sum(taker.taken.values()) == len(opened))
         assert taker.taken["refused" if kind != "closed" else "connections"] == len(opened)
+
+    play(story)
+
+
+def test_without_a_free_descriptor_some_connections_are_lost_and_counted_and_the_rest_is_taken() -> None:
+    async def story(stage: Stage) -> None:
+        taker = stage.take()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with pairs(5) as made:
+            filling: list[int] = []
+            resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        filling.append(os.open("/dev/null", os.O_RDONLY))
+                for descriptor in (filling.pop(), filling.pop()):
+                    os.close(descriptor)
+                await stage.giver.give(Connections(5), [server.fileno() for _, server in made])
+                await until(lambda: taker.taken["connections"])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+                for descriptor in filling:
+                    os.close(descriptor)
+            assert taker.taken == {"connections": 2, "streams": 0, "refused": 0, "lost": 3}
 
     play(story)
