@@ -163,3 +163,14 @@ def _unwatched(blueprint: Any) -> Any:
     from dataclasses import replace
 
     return replace(blueprint, reference=None)
+
+
+def test_models_that_lie_here_are_those_of_the_configuration_and_those_stored(
+    artifacts: dict[str, Path], slots: Slots
+) -> None:
+    (slots.blobs / ("b" * 64)).write_bytes(b"")
+    mine = {open_artifact(artifacts[name]).manifest.blobs["model"].sha256 for name in ("wrist", "wrist-accel")}
+    assert Depot(configure(artifacts), slots).models() >= {*mine, "b" * 64}
+    configured = Depot(configure(artifacts), None).models()
+    assert mine <= configured
+    assert open_artifact(artifacts["wrist-faulty"]).manifest.blobs["model"].sha256 not in configured
