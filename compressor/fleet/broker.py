@@ -196,6 +196,7 @@ class Broker:
             self._client = None
         client.disconnect()
         client.loop_stop()
+        client.reinitialise()  # paho leaves the sockets that wake its thread to the garbage collector
 
     def _note(self, text: str) -> None:
         if text != self._error:

@@ -14,6 +14,13 @@ from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
 
+def leave(client: mqtt.Client) -> None:
+    """Say goodbye and close everything: paho leaves the sockets that wake its thread to the garbage collector."""
+    client.disconnect()
+    client.loop_stop()
+    client.reinitialise()
+
+
 @dataclass(frozen=True)
 class Seen:
     topic: str
@@ -104,5 +111,4 @@ class Subscriber:
         return sum(max(*found, sent if boot == newest else 0) - len(found) for boot, found in numbers.items())
 
     def stop(self) -> None:
-        self.client.disconnect()
-        self.client.loop_stop()
+        leave(self.client)

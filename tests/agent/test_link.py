@@ -30,13 +30,14 @@ class Device:
         broker = Broker("127.0.0.1", port, client_id="d", username="d", password="secret")
         self.link = Link(broker, self.outbox, Journal(self.log, style=text_style), will=WILL)
         self.task: asyncio.Task[None] | None = None
+        self.farewell_s = 0.2
 
     async def __aenter__(self) -> Self:
         self.task = asyncio.create_task(self.link.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.link.stop(within_s=0.2)
+        await self.link.stop(within_s=self.farewell_s)
         assert self.task is not None
         self.task.cancel()
         await asyncio.gather(self.task, return_exceptions=True)
@@ -51,7 +52,7 @@ class Device:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not true():  # noqa: ASYNC110 - what is awaited has no event
             await asyncio.sleep(0.01)
 
@@ -378,6 +379,7 @@ def test_stopping_says_goodbye_so_that_no_will_is_sent(tmp_path: Path) -> None:
         async with BrokerDouble() as broker:
             async with Device(tmp_path, broker.port) as device:
                 await until(lambda: device.link.statistics()["state"] == "connected")
+                device.farewell_s = 20.0
                 device.link.announce("status", b"offline")
                 device.put(30)
             await until(lambda: broker.goodbyes == 1)

@@ -16,7 +16,7 @@ import pytest
 from compressor.stopping import SIGNALS, Stopped, stoppable
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @contextmanager

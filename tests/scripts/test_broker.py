@@ -11,6 +11,7 @@ from paho.mqtt import client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from scripts.story.broker import OPERATOR, Broker
+from scripts.story.subscriber import leave
 
 pytestmark = pytest.mark.system
 
@@ -39,7 +40,7 @@ class Person:
         self.client.on_message = lambda *_: self.received.set()
         self.client.connect("127.0.0.1", broker.port)
         self.client.loop_start()
-        assert self.answered.wait(10)
+        assert self.answered.wait(60)
 
     def _connected(self, _client, _data, _flags, reason, _properties):
         self.refused = reason.is_failure
@@ -52,12 +53,11 @@ class Person:
     def publish(self, topic):
         self.published.clear()
         self.client.publish(topic, b"x", qos=1)
-        assert self.published.wait(10)
+        assert self.published.wait(60)
         return self.code
 
     def leave(self):
-        self.client.disconnect()
-        self.client.loop_stop()
+        leave(self.client)
 
 
 @pytest.mark.parametrize(("user", "password"), [(None, None), ("one", "guessed"), ("nobody", "x")])
@@ -79,10 +79,10 @@ def test_a_device_cannot_listen_to_its_neighbour_but_the_operator_can(broker):
     one, operator = Person(broker, "one"), Person(broker, OPERATOR)
     for person in (one, operator):
         person.client.subscribe("ew/1/demo/two/#", qos=1)
-        assert person.subscribed.wait(10)
+        assert person.subscribed.wait(60)
     two = Person(broker, "two")
     two.publish("ew/1/demo/two/tm")
-    assert operator.received.wait(10)
+    assert operator.received.wait(60)
     assert not one.received.is_set()
     for person in (one, operator, two):
         person.leave()

@@ -146,8 +146,8 @@ def test_the_generator_counts_connections_that_the_server_closes(load: Load, sho
 
 def test_an_open_loop_keeps_its_rate(load: Load, short: Path) -> None:
     with Echo(load, short, GOOD) as echo:
-        found = load.ask(echo.target, echo.question, seconds=1, connections=8, extra=["--rate", "200"])
-    assert 150 <= found["ok"] <= 201
+        found = load.ask(echo.target, echo.question, seconds=2, connections=8, extra=["--rate", "200"])
+    assert 200 <= found["ok"] <= 402  # a busy machine may cost some; a closed loop would make tens of thousands
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """One agent with its worker: who loads what, what survives, how it ends."""
 
+import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -26,6 +28,11 @@ def modules_of(agent: Agent, pid: int) -> set[str]:
     return {Path(line.split()[-1]).name for line in lines if "/" in line}
 
 
+def answering(agent: Agent) -> str:
+    with Client(agent.address) as client:
+        return client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by
+
+
 def test_the_agent_process_never_loads_the_runtime_and_the_worker_no_broker_or_database(agent: Agent) -> None:
     agent.start("-X", "importtime")
     status = agent.status()
@@ -48,7 +55,7 @@ def test_a_sensor_that_sends_no_numbers_is_refused_only_until_an_engine_serves_t
     agent.start()
     windows = record(seed=9).windows.copy()
     windows[:, :, 3:] = np.nan
-    broken = iter(windows)
+    broken = itertools.cycle(windows)
     with Client(agent.address) as client:
         with pytest.raises(InvalidRequest, match="NaN or infinity in channel gx, gy, gz"):
             client.infer("wrist", {"window": next(broken)[None]})
@@ -71,7 +78,7 @@ def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) 
     with Client(agent.address) as client:
         for window in data.windows[:20]:
             assert client.infer("wrist", {"window": window[None]}).served_by == "wrist"
-        broken = iter(gyro_off(data.windows[20:]))
+        broken = itertools.cycle(gyro_off(data.windows[20:]))
 
         def switched() -> bool:
             return client.infer("wrist", {"window": next(broken)[None]}).served_by == "wrist-accel"
@@ -125,18 +132,22 @@ def test_the_preferred_engine_returns_after_dwell_and_probation_in_the_time_of_t
     assert "wrist-accel" in served
 
 
+def connected(path: Path) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = socket.socket(socket.AF_UNIX)
+    connection.sock.connect(str(path))
+    return connection
+
+
 def test_metrics_and_inference_from_files_work_on_a_running_agent(agent: Agent) -> None:
     agent.start()
     np.save(agent.folder / "windows.npy", record(seed=9).windows[:5])
     done = agent.command("infer", str(agent.folder / "windows.npy"), "--json")
     assert [json.loads(line)["served_by"] for line in done.stdout.splitlines()] == ["wrist"] * 5, done.stderr
     wait_until(lambda: agent.service()["requests"] == 1, "the observation is read")
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = socket.socket(socket.AF_UNIX)
-    connection.sock.connect(str(agent.admin))
-    connection.request("GET", "/metrics")
-    page = connection.getresponse().read().decode()
-    connection.close()
+    with contextlib.closing(connected(agent.admin)) as connection:
+        connection.request("GET", "/metrics")
+        page = connection.getresponse().read().decode()
     assert 'edgewarden_requests_total{service="wrist",outcome="ok"} 1' in page
     assert 'edgewarden_serving{service="wrist",engine="wrist"} 1' in page
 
@@ -190,19 +201,30 @@ def test_the_worker_ends_with_its_agent_and_the_next_agent_remembers(agent: Agen
     agent.start()  # its sockets were left behind and are taken over
     assert agent.service()["serving"] == "wrist-accel"
     assert agent.service()["pin"] == "wrist-accel"
-    with Client(agent.address) as client:
-        assert client.infer("wrist", {"window": record(seed=9).windows[:1]}).served_by == "wrist-accel"
+    wait_until(lambda: answering(agent) == "wrist-accel", "the worker is told")
     assert agent.command("unpin", "wrist").returncode == 0
     assert agent.service()["serving"] == "wrist"
 
 
 def test_a_graceful_stop_answers_what_was_asked_and_leaves_no_socket(agent: Agent) -> None:
     agent.start()
-    with Load(agent.address, np.repeat(record(seed=9).windows, 10, axis=0), clients=2) as load:
-        wait_until(lambda: load.answered > 3, "requests flow")
-        load.ask_no_more()
+    windows = np.repeat(record(seed=9).windows, 4, axis=0)
+    tensor = {"name": "window", "datatype": "FP32", "shape": windows.shape}
+    head = json.dumps({"inputs": [{**tensor, "parameters": {"binary_data_size": windows.nbytes}}]}).encode()
+    headers = {"Inference-Header-Content-Length": str(len(head))}
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(contextlib.closing(connected(agent.serve))) for _ in range(4)]
+        for client in clients:  # accepted: who still waits in the queue when it ends has not been heard
+            client.request("GET", "/v2/health/live")
+            assert client.getresponse().read() is not None
+        for client in clients:  # returns when all of it is sent
+            client.request("POST", "/v2/models/wrist/infer", head + windows.tobytes(), headers)
         assert agent.stop() == 0
-    assert load.failed == []
+        answers = [client.getresponse() for client in clients]
+        assert [answer.status for answer in answers] == [200] * len(clients)
+        for answer in answers:
+            (output,) = json.loads(answer.read())["outputs"]
+            assert output["shape"][0] == len(windows)
     assert not agent.serve.exists()
     assert not agent.admin.exists()
 

@@ -59,8 +59,12 @@ def answers(agent: Agent) -> bool:
 def workers(agent: Agent) -> list[int]:
     """Process ids of its workers: the one that serves, and the one that may be on its way."""
     assert agent.process is not None
-    children = psutil.Process(agent.process.pid).children()
-    return [child.pid for child in children if "agent.worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process(agent.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # also a zombie's
+            if "agent.worker" in child.cmdline():
+                found.append(child.pid)
+    return found
 
 
 class Hunter:
@@ -132,8 +136,9 @@ def test_a_worker_killed_at_random_moments_of_ten_updates_costs_neither_a_reques
             new = director.publish(next_version(updated.artifacts, tmp_path, number))
             version = director.want(new)
             clock.sleep(float(dice.random()) * UPDATE_S)
+            alive = wait_until(lambda: workers(updated), "a worker is there")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(dice.choice(workers(updated))), signal.SIGKILL)
+                os.kill(int(dice.choice(alive)), signal.SIGKILL)
             report = director.end(version)
             assert report["update_state"] == "committed", (report, updated.log.read_text()[-3000:])
             wait_until(lambda number=number: versions(updated)["wrist"] == number, "the new version serves")

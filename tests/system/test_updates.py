@@ -159,6 +159,8 @@ def test_documents_nobody_trusted_signed_are_refused_counted_and_told(
 
 def test_commands_are_obeyed_once_in_time_and_only_when_signed(updated: Agent, director: Director) -> None:
     updated.start()
+    # who is told of its first message has subscribed before: an order sent earlier would reach nobody
+    wait_until(lambda: updated.status()["link"]["published"], "it hears its director")
     assert director.reply("ping", director.order("ping"))["ok"] is True
     births = len(director.subscriber.documents(DEVICE, "birth"))
     assert director.reply("rebirth", director.order("rebirth"))["ok"] is True
@@ -307,8 +309,9 @@ def test_a_candidate_whose_worker_dies_twice_on_probation_is_taken_back(
             lambda: versions(updated)["wrist"] == 2 and updated.status()["worker"]["phase"] == "serving",
             "the candidate serves",
         )
-        os.kill(updated.status()["worker"]["pid"], signal.SIGKILL)
-        wait_until(lambda: updated.status()["worker"]["phase"] != "serving", "its worker is gone")
+        pid = updated.status()["worker"]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda pid=pid: updated.status()["worker"]["pid"] != pid, "its worker is gone")
     report = director.end(version)
     assert (report["update_state"], report["code"]) == ("rolled_back", "crashed")
     wait_until(lambda: updated.status()["worker"]["phase"] == "serving", "somebody serves")
@@ -325,7 +328,7 @@ def test_the_previous_models_come_back_when_an_operator_or_a_director_asks(
     assert director.end(director.want(second))["update_state"] == "committed"
     assert updated.command("rollback").returncode == 0
     wait_until(lambda: updated.status()["update"]["state"] == "rolled_back", "it is rolled back")
-    assert versions(updated)["wrist"] == 2
+    wait_until(lambda: versions(updated)["wrist"] == 2, "and serves")
     assert updated.command("rollback").returncode != 0  # there is only one step back
     third = director.publish(next_version(updated.artifacts, tmp_path, 4))
     assert director.end(director.want(third))["update_state"] == "committed"
@@ -388,14 +391,18 @@ def test_what_was_installed_serves_after_a_restart_without_broker_and_repository
 
 
 def test_outside_its_window_an_update_is_staged_and_waits(updated: Agent, director: Director, tmp_path: Path) -> None:
-    hour = int(wall_s() // 3600) % 24
-    window = f"{(hour + 3) % 24:02d}:00-{(hour + 4) % 24:02d}:00"
+    def hours(first: int, last: int) -> str:
+        """A window from so many hours after the present one to so many after it."""
+        hour = int(wall_s() // 3600)
+        return f"{(hour + first) % 24:02d}:00-{(hour + last) % 24:02d}:00"
+
+    window = hours(3, 4)
     updated.config.write_text(updated.config.read_text().replace("[update]", f'[update]\nwindow = "{window}"'))
     updated.start()
     version = director.want(director.publish(next_version(updated.artifacts, tmp_path, 2)))
     wait_until(lambda: director.states(version)[-1:] == ["staged"], "it is staged")
     serves_v1(updated)
     assert updated.stop() == 0
-    updated.config.write_text(updated.config.read_text().replace(window, "00:00-23:59"))
+    updated.config.write_text(updated.config.read_text().replace(window, hours(-1, 2)))
     updated.start()
     assert director.end(version)["update_state"] == "committed"

@@ -20,6 +20,7 @@ from agent.contract.artifact import Blob, Channel, Input, Manifest, Output, Runt
 from agent.contract.errors import LinkError
 from agent.contract.repository import manifest_path, stored_path
 from compressor.fleet.means import Built, Failed
+from scripts.story.subscriber import leave
 
 FLEET = "demo"
 DEVICES = ("w1", "w2", "w3")
@@ -91,8 +92,7 @@ class Device:
                 return payload
 
     def close(self) -> None:
-        self.client.disconnect()
-        self.client.loop_stop()
+        leave(self.client)
 
 
 def drift_window(*, rows: int = 128, shift: float = 1.5, reference: bytes = REFERENCE[1]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Served:
     def ask(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request(method, path, body=body, headers=headers or {})
             answer = connection.getresponse()
@@ -176,7 +176,7 @@ def test_a_poisoned_recording_is_refused_told_and_not_kept(served: Served) -> No
 def test_an_upload_that_breaks_off_can_be_tried_again_a_few_times(served: Served) -> None:
     headers = served.ask_for_sample()
     for tries in range(1, device_side.MAX_ATTEMPTS + 1):
-        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
         connection.putrequest("PUT", "/samples/w1/s1")
         for name, value in {**headers, "content-length": "5000"}.items():
             connection.putheader(name, value)

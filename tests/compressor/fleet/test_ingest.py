@@ -39,7 +39,7 @@ class Host:
 
     def start(self) -> None:
         self.ingest.start()
-        assert self.ingest.broker.wait_connected(10)
+        assert self.ingest.broker.wait_connected(60)
 
     def close(self) -> None:
         self.ingest.stop()
