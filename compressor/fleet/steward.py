@@ -45,10 +45,13 @@ class Steward:
 
     # --- the whole step -----------------------------------------------------------------------------------------
     def start(self, *, now_s: float) -> None:
-        """Pick up what a former process left: cut-off pipelines, desired documents that must be retained."""
+        """Pick up what a former process left: cut-off pipelines and requests, desired documents to be retained."""
         with self._database.writing() as tx:
             for job in plans.jobs(tx, states=("running",)):
                 self._resume(tx, job, now_s)
+            for sample in plans.samples(tx, states=("asked",)):
+                if sample.text is None and not sample.attempts:  # perhaps it never left: it is asked for again
+                    plans.remove_sample(tx, sample.id)
         self._offers.restore(now_s)
 
     def step(self, replies: Sequence[ReplySeen], *, now_s: float) -> bool:
@@ -129,6 +132,7 @@ class Steward:
                 plans.remove_sample(tx, name)
             return
         with self._database.writing() as tx:
+            plans.change_sample(tx, name, text="the broker took the request")
             self._means.note(tx, "sample", "asked for an enrolment recording by signed command", now_s, device=device)
 
     def _settle_samples(self, replies: Sequence[ReplySeen], now_s: float) -> None:

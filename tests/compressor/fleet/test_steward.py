@@ -290,6 +290,27 @@ def test_a_cut_off_pipeline_starts_again_once(world: World) -> None:
     assert len(world.trainer.started) == 2
 
 
+def test_a_request_that_the_hosts_end_kept_from_leaving_is_sent_again_and_one_that_left_is_not(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: object, **__: object) -> None:
+        raise SystemExit
+
+    for device in DEVICES:
+        world.drifts(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.wire, "command", end)
+        with pytest.raises(SystemExit):
+            world.step()
+    for _ in range(2):
+        world.steward = world.new_steward()
+        world.steward.start(now_s=world.now)
+        world.step()
+        assert len(world.wire.commands) == 3
+    with world.database.reading() as tx:
+        assert [row.state for row in plans.samples(tx)] == ["asked"] * 3
+
+
 def test_a_full_disk_at_publication_is_tried_again(world: World) -> None:
     world.publisher.failure = DiskFull("the disk is full")
     world.to_rollout()
