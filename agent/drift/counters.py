@@ -21,11 +21,15 @@ _MASK: Final = (1 << HISTORY_ROWS) - 1
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """`needed` of the last `within` rows raise; CLEAR_ROWS rows without it clear."""
+    """`needed` of the last `within` rows raise; CLEAR_ROWS rows without it clear.
+
+    `one`, `many`: what the channel or the channels do.
+    """
 
     needed: int
     within: int
-    text: str
+    one: str
+    many: str
 
     def fires(self, history: int) -> bool:
         return self.recent(history).bit_count() >= self.needed
@@ -35,11 +39,11 @@ class _Rule:
 
 
 RULES: Final = {
-    "not_finite": _Rule(3, 8, "sends numbers that are not finite"),
-    "dead": _Rule(3, 3, "no longer moves"),
-    "stuck": _Rule(3, 3, "repeats one value"),
-    "scale": _Rule(6, 8, "changed its scale"),
-    "range": _Rule(3, 8, "leaves its allowed range"),
+    "not_finite": _Rule(3, 8, "sends numbers that are not finite", "send numbers that are not finite"),
+    "dead": _Rule(3, 3, "no longer moves", "no longer move"),
+    "stuck": _Rule(3, 3, "repeats one value", "repeat one value each"),
+    "scale": _Rule(6, 8, "changed its scale", "changed their scale"),
+    "range": _Rule(3, 8, "leaves its allowed range", "leave their allowed ranges"),
 }
 
 
@@ -127,7 +131,7 @@ def _finding(kind: str, rule: _Rule, now: tuple[str, ...], before: tuple[str, ..
         numbers = {"rows": float(rule.needed), **({"rows_since_change": float(since)} if since else {})}
         return Finding(
             kind=kind, raised=True, channels=now, numbers=numbers,
-            text=f"{', '.join(now)} {rule.text}",
+            text=f"{', '.join(now)} {rule.one if len(now) == 1 else rule.many}",
         )  # fmt: skip
     return Finding(
         kind=kind, raised=False, channels=before, text=f"{', '.join(before)}: normal for {CLEAR_ROWS} rows"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from agent.client import Client
 from agent.contract.desired import Desired, ServiceChoice, seal
 from agent.contract.errors import EdgewardenError
 from agent.contract.repository import FamilyPolicy
+from compressor.fleet.database import Database, devices, plans
 from compressor.keys import KeyRing
 from compressor.publish import Repository
 from compressor.task import Rows
@@ -52,6 +52,7 @@ class Wearer:
     retried: int = 0  # sent again once because a connection closed
     time_s: float = 0.0
     pace: float = 40.0  # times life speed
+    probation_s: float = 30.0  # how long an update is watched before it counts
     stop: threading.Event = field(default_factory=threading.Event)
     thread: threading.Thread | None = None
 
@@ -81,6 +82,7 @@ class Wearer:
         shutil.copy(recording, samples / "enrolment.npz")
         config = self.folder / "agent.toml"
         config.write_text(self._configuration(root, repository, artifacts, samples))
+        self.world.acts.note(f"edgewarden-agent run ({self.device})")
         with (self.folder / "agent.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "agent", "run", "--config", str(config)],
@@ -119,7 +121,7 @@ enabled = true
 root = "{root}"
 repository = "{repository}"
 device_class = "gateway"
-probation_s = 30
+probation_s = {self.probation_s}
 
 [samples]
 allow = true
@@ -207,7 +209,7 @@ class Host:
     world: World
     wearers: Sequence[int]
     process: subprocess.Popen[bytes] | None = None
-    hands: int = 0  # steps of an operator: keys made, artifacts signed, devices directed by this script
+    database: Database | None = None
 
     def __post_init__(self) -> None:
         self.keys = self.folder / "keys"
@@ -220,10 +222,9 @@ class Host:
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
-        self.hands += 2
-        run_compressor("keys", "init", "--keys", self.keys, "--family", SERVICE)
+        self._command("keys", "init", "--keys", self.keys, "--family", SERVICE)
         canary = [part for wearer in self.wearers for part in ("--canary", wearer_device(wearer))]
-        run_compressor(
+        self._command(
             "publish", *(artifacts / name for name in ORDER), "--keys", self.keys, "--repository", self.repository,
             "--policy", "auto", *canary, "--root", self.root,
         )  # fmt: skip
@@ -270,6 +271,7 @@ cache = "{cache}"
 settings = ["new_wearers={new_wearers}"]
 soak_s = 5
 """)
+        self.world.acts.note("edgewarden-compressor serve")
         with (self.folder / "host.log").open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "compressor", "serve", "--config", str(self.config)],
@@ -278,13 +280,12 @@ soak_s = 5
 
     def publish(self, artifact: Path) -> str:
         """Sign one more artifact with the pipeline's true key; returns the manifest digest."""
-        self.hands += 1
+        self.world.acts.note(f"signed {artifact.name} with the pipeline's key")
         (digest,) = Repository(self.repository, KeyRing(self.keys)).publish([artifact])
         return digest
 
     def direct(self, device: str, *, version: int, digests: dict[str, str], repository: str) -> None:
         """Retain a desired document, signed by the true director, at the broker."""
-        self.hands += 1
         choice = ServiceChoice(artifacts=digests, order=[name for name in ORDER if name in digests])
         desired = Desired(
             device=device, version=version, issued_at=clock.wall_s(), services={SERVICE: choice},
@@ -300,9 +301,24 @@ soak_s = 5
             raise StoryError(f"the host ended with exit code {self.process.returncode}: {tail}")
 
     def decisions(self) -> list[dict[str, Any]]:
-        """What `drift list --json` shows, oldest first."""
-        listed: list[dict[str, Any]] = json.loads(run_compressor("drift", "list", "--json", "--config", self.config))
-        return sorted(listed, key=lambda decision: decision["id"])
+        """Kind and reason of every decision, oldest first, from the host's database."""
+        with self._books().reading() as tx:
+            return [{"kind": row.kind, "reason": row.reason} for row in reversed(plans.decisions(tx, limit=1000))]
+
+    def orders(self) -> dict[str, tuple[int, int]]:
+        """Device -> desired documents and commands that the host made for it, by its own database."""
+        with self._books().reading() as tx:
+            return {row.id: (row.desired_version, row.command_seq) for row in devices.listed(tx)}
+
+    def _books(self) -> Database:
+        if self.database is None:
+            self.database = Database(self.folder / "state")
+        return self.database
+
+    def _command(self, *arguments: object) -> None:
+        """One `edgewarden-compressor` call, as an operator types it. Raises: StoryError with its last words."""
+        self.world.acts.note(f"edgewarden-compressor {arguments[0]}")
+        run_compressor(*arguments)
 
     def close(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -312,17 +328,19 @@ soak_s = 5
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+        if self.database is not None:
+            self.database.close()
+            self.database = None
 
 
-def run_compressor(*arguments: object) -> str:
-    """Standard output of one `edgewarden-compressor` call. Raises: StoryError with its last words."""
+def run_compressor(*arguments: object) -> None:
+    """Raises: StoryError with the last words of what failed."""
     done = subprocess.run(
         [sys.executable, "-m", "compressor", *map(str, arguments)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         words = (done.stderr or done.stdout).strip().splitlines()
         raise StoryError(f"edgewarden-compressor {arguments[0]} ended with {done.returncode}: {' '.join(words[-2:])}")
-    return done.stdout
 
 
 def free_ports(count: int) -> list[int]:

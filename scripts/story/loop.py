@@ -15,11 +15,12 @@ from agent.contract.artifact import MANIFEST, Artifact, open_artifact
 from agent.engine import OnnxEngine
 from compressor.examples.broken import build_broken
 from compressor.task import Role, Rows, TaskData
+from scripts.story.acts import foreign_orders
 from scripts.story.chapters import Context
 from scripts.story.fleet import Host, Impostor, Wearer, wait_for_state, wearer_device
-from scripts.story.world import FLEET, SERVICE, StoryError, wait_until
+from scripts.story.world import FLEET, PROMISED_LOOP_S, SERVICE, StoryError, wait_until
 
-LOOP_LIMIT_S = 420.0  # waited for the whole loop before the story gives up; the promise is 300
+LOOP_LIMIT_S = 420.0  # waited for the whole loop before the story gives up; the promise is PROMISED_LOOP_S
 TEST_PACE = 100.0
 REFUSED = ("rejected", "failed", "quarantined", "rolled_back")
 
@@ -36,12 +37,18 @@ class Fleet:
     wearers: list[Wearer]
     recipe: Path
     first_versions: list[int] = field(default_factory=list)  # what each device served before anything happened
-    hands_before: int = 0  # steps an operator had taken when the first drift was reported
+    first_report_s: float = 0.0  # when the first drift was reported, monotonic
 
     def close(self) -> None:
         for wearer in self.wearers:
             wearer.close()
         self.host.close()
+
+    def hands(self) -> int:
+        """Steps of a person since the first report: what was noted, or what reached the broker beside the host."""
+        world = self.context.world
+        noted = world.acts.since(self.first_report_s)
+        return max(len(noted), foreign_orders(world.subscriber.heard(), self.host.orders()))
 
     def of(self, role: Role, wearer: int) -> Rows:
         rows = self.data.role(role)
@@ -49,15 +56,17 @@ class Fleet:
 
 
 def gather(
-    context: Context, data: TaskData, out: Path, artifacts: Path, numbers: Sequence[int], recipe: Path
-) -> Fleet:
-    """Everybody who takes part; nothing runs yet."""
+    context: Context, data: TaskData, out: Path, artifacts: Path, numbers: Sequence[int], recipe: Path, *,
+    probation_s: float,
+) -> Fleet:  # fmt: skip
+    """Everybody who takes part; nothing runs yet. `probation_s`: how long each device watches its update."""
     hop_s = context.player.hop_s
     fleet = Fleet(context, data, out, artifacts, Host(out / "host", context.world, numbers), [], recipe)
     for number in numbers:
         train, reference = fleet.of(Role.ENROL_TRAIN, number), fleet.of(Role.ENROL_REFERENCE, number)
         live = _in_time(train.where(train.starts % 64 == 0), reference)  # every second: hop 64, as a device cuts them
-        fleet.wearers.append(Wearer(number, context.world, live, hop_s, out / wearer_device(number)))
+        folder = out / wearer_device(number)
+        fleet.wearers.append(Wearer(number, context.world, live, hop_s, folder, probation_s=probation_s))
         _record(_in_time(train, reference), out / f"enrolment-{number}.npz")
     return fleet
 
@@ -96,7 +105,7 @@ def recover(fleet: Fleet) -> None:
         wearer.exercise()
     first = _first_drift(fleet, before)
     started = clock.monotonic_s()
-    fleet.hands_before = fleet.host.hands
+    fleet.first_report_s = started
     context.console.print(f"   first report: {first['device']}: {first['text']}")
     _narrate_until_committed(fleet, started)
     loop_s = clock.monotonic_s() - started
@@ -179,6 +188,8 @@ def _report_loop(fleet: Fleet, loop_s: float) -> None:
         **_requests(fleet),
     }
     context.report |= {"devices": len(fleet.wearers), "loop": {"seconds": round(loop_s, 1)}}
+    if loop_s > PROMISED_LOOP_S:
+        context.console.print(f"   [red]The loop took {loop_s:.0f} s, {PROMISED_LOOP_S:.0f} s are promised.[/]")
     context.timeline.add(
         context.player.time_s, "⟳",
         f"three new wearers drifted; version {artifact.manifest.version} was made from their enrolment recordings, "
@@ -257,7 +268,8 @@ def judge(fleet: Fleet) -> None:
         "new_windows": len(new),
         "old_windows": len(old),
     }
-    fleet.context.report["hands"] = fleet.host.hands - fleet.hands_before
+    fleet.context.report["hands"] = fleet.hands()
+    fleet.context.report["typed_before"] = fleet.context.world.acts.before(fleet.first_report_s)
     recovery = fleet.context.report["recovery"]
     fleet.context.timeline.add(
         fleet.context.player.time_s, "↗",

@@ -13,6 +13,8 @@ from paho.mqtt.enums import CallbackAPIVersion
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 
+from scripts.story.acts import Acts
+
 
 def leave(client: mqtt.Client) -> None:
     """Say goodbye and close everything: paho leaves the sockets that wake its thread to the garbage collector."""
@@ -38,6 +40,7 @@ class Subscriber:
     fleet: str
     seen: list[Seen] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    acts: Acts = field(default_factory=Acts)  # what is published here is an operator's doing
 
     def start(self) -> None:
         self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"story-{self.user}", protocol=mqtt.MQTTv5)
@@ -87,6 +90,10 @@ class Subscriber:
                     return item.document
         return None
 
+    def heard(self) -> list[Seen]:
+        with self.lock:
+            return list(self.seen)
+
     def documents(self, device: str, word: str) -> list[dict[str, Any]]:
         """Everything `device` said on the topic that ends with `word`, in order of arrival."""
         with self.lock:
@@ -94,6 +101,7 @@ class Subscriber:
 
     def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
         """Say something as the operator. Raises: RuntimeError when the broker does not take it within 10 s."""
+        self.acts.note(f"published {topic}")
         self.client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(10)
 
     def missing(self, device: str, *, sent: int = 0) -> int:

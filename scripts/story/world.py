@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from agent import clock
+from scripts.story.acts import Acts
 from scripts.story.broker import OPERATOR, Broker
 from scripts.story.subscriber import Subscriber
 
 FLEET = "demo"
 DEVICE = "wrist-1"
 SERVICE = "wrist"
+PROMISED_LOOP_S = 300.0  # from the first report of new wearers to their update committed
 SHAKY = "wrist-shaky"  # a second service whose first engine is the faulty test artifact
 
 
@@ -80,6 +82,7 @@ class World:
     wearers: tuple[str, ...] = ()  # further devices of the fleet
     short: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ew-")))  # socket paths must be short
     agent: subprocess.Popen[bytes] | None = None
+    acts: Acts = field(default_factory=Acts)  # what a person would have typed
 
     def __post_init__(self) -> None:
         self.broker = Broker(self.short / "broker", FLEET, (DEVICE, *self.wearers), hosts=("host",))
@@ -92,7 +95,7 @@ class World:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.broker.prepare()
         self.broker.start()
-        self.subscriber = Subscriber(self.broker.port, OPERATOR, self.broker.users[OPERATOR], FLEET)
+        self.subscriber = Subscriber(self.broker.port, OPERATOR, self.broker.users[OPERATOR], FLEET, acts=self.acts)
         self.subscriber.start()
         state = self.folder / "state"
         if state.exists():

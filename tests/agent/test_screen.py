@@ -10,7 +10,7 @@ SERVICE: dict[str, Any] = {
     "name": "wrist", "serving": "wrist-accel", "preferred": "wrist", "missing": "", "phase": "fallback",
     "why": "fault",
     "reason": "gx gy gz dead: wrist-accel 0.89, wrist 0.14", "since_s": 900.0, "next_check_in_s": 65.0,
-    "health": "degraded", "complaints": ["gx, gy, gz no longer moves"], "pin": "", "benched": {},
+    "health": "degraded", "complaints": ["gx, gy, gz no longer move"], "pin": "", "benched": {},
     "usable": ["wrist", "wrist-floor"], "problems": [],
     "engines": [
         {"engine": "wrist", "kind": "onnx", "version": 3, "accuracy": 0.95},
@@ -66,7 +66,7 @@ def test_the_screen_says_who_serves_and_why_and_what_is_wrong() -> None:
     for words in (
         "gateway-1 of fleet demo", "up 2 h 5 min", "generation 2, process 77, serving", "1 lost in the last minute",
         "wrist  degraded", "wrist-accel  a fallback since 1 min 40 s, next check in 1 min 5 s",
-        "gx gy gz dead: wrist-accel 0.89, wrist 0.14", "gx, gy, gz no longer moves", "wrist-accel v1 (not loaded)",
+        "gx gy gz dead: wrist-accel 0.89, wrist 0.14", "gx, gy, gz no longer move", "wrist-accel v1 (not loaded)",
         "wrist-floor v1 0.14 (floor)", "1,234 · 3 failed over · 0 unanswered", "p95 120 µs", "p99 12.0 ms",
         "budget p95 2000 µs kept", "gx, gy, gz dead", "evidence 34 % of the threshold (most: gx 34 %, ax 10 %)",
         "0.50 W (estimate from CPU time, agent and worker only) · 2.00 mJ per inference",

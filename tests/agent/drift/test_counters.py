@@ -86,6 +86,9 @@ def test_a_finding_reads_without_its_numbers() -> None:
     found = [finding for _ in range(3) for finding in ours.update(dead=GX)]
     numbers = {"rows": 3.0, "rows_since_change": 3.0}
     assert found == [Finding("dead", raised=True, channels=("gx",), numbers=numbers, text="gx no longer moves")]
+    both = counters()
+    texts = [finding.text for _ in range(3) for finding in both.update(dead=GX | 1)]
+    assert texts == ["ax, gx no longer move"]
 
 
 BITS = st.fixed_dictionaries(
