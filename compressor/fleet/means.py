@@ -36,7 +36,7 @@ class Trainer(Protocol):
         """What came of it; None = still running, or nothing was started."""
 
     def stop(self) -> None:
-        """End it now."""
+        """End it now, and what a killed host left running."""
 
 
 class Publisher(Protocol):

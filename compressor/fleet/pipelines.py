@@ -1,7 +1,8 @@
 """Runs the compression pipeline beside the host: one at a time, in a process group of its own, bounded in time.
 
-The pipeline's stage cache makes a second run cheap, so a cut-off run is simply started again. Its words go to
-`pipeline.log` in the build's folder. Leaves to others: when to run, what to do with what was built (`steward`).
+The pipeline's stage cache makes a second run cheap, so a cut-off run is simply started again. Should the host be
+killed, its pipeline runs on: the mark tells the next host whom to end. Its words go to `pipeline.log` in the build's
+folder. Leaves to others: when to run, what to do with what was built (`steward`).
 """
 
 from __future__ import annotations
@@ -37,11 +38,16 @@ class SubprocessTrainer:
         settings: Sequence[str] = (),
         timeout_s: float,
         program: Sequence[str] = (sys.executable, "-m", "compressor"),
+        mark: Path | None = None,
     ) -> None:
-        """device_class "" = the only one the recipe builds for; settings: KEY=VALUE for the recipe."""
+        """device_class "" = the only one the recipe builds for; settings: KEY=VALUE for the recipe.
+
+        mark: file that says which pipeline runs, for the host after us.
+        """
         self._recipe, self._cache = recipe, cache
         self._device_class, self._settings = device_class, tuple(settings)
         self._timeout_s, self._program = timeout_s, tuple(program)
+        self._mark = mark
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
         self._until_s = 0.0
@@ -67,6 +73,7 @@ class SubprocessTrainer:
                 )
         except OSError as error:
             raise StorageError(f"cannot start the pipeline in {folder}: {error}") from error
+        self._write_mark(self._process.pid)
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, NICE)
         self._folder = folder
@@ -88,9 +95,10 @@ class SubprocessTrainer:
         return self._collect()
 
     def stop(self) -> None:
-        """End it with everything it started."""
+        """End it with everything it started; without one of our own, what a former host left running."""
         process, self._process = self._process, None
         if process is None:
+            self._end_former()
             return
         for number, patience_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
             with contextlib.suppress(ProcessLookupError):
@@ -98,6 +106,21 @@ class SubprocessTrainer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(patience_s)
                 return
+
+    def _write_mark(self, pid: int) -> None:
+        if self._mark is not None:
+            with contextlib.suppress(OSError):  # without it only a killed host's pipeline runs to its end
+                self._mark.write_text(f"{pid} {_born(pid)}")
+
+    def _end_former(self) -> None:
+        """At once: its host was killed, so nobody waits for it. Only the very process of the mark is meant."""
+        try:
+            pid, born = self._mark.read_text().split() if self._mark is not None else ("0", "")
+        except (OSError, ValueError):
+            return
+        if pid.isdecimal() and int(pid) > 1 and born == _born(int(pid)) != "-":
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(int(pid), signal.SIGKILL)
 
     def _collect(self) -> Built | Failed:
         out = self._folder / "out"
@@ -117,3 +140,11 @@ class SubprocessTrainer:
             return "its log cannot be read"
         said = [line.strip() for line in lines if line.strip()]
         return (said[-1] if said else "it said nothing")[:500]
+
+
+def _born(pid: int) -> str:
+    """When a process began, in ticks since the boot: with its id, nobody else's. "-" = there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "-"

@@ -290,7 +290,7 @@ def make_trainer(config: HostConfig) -> Trainer | None:
         return None
     return SubprocessTrainer(
         Path(regeneration.recipe), regeneration.cache, device_class=regeneration.device_class,
-        settings=regeneration.settings, timeout_s=regeneration.timeout_s,
+        settings=regeneration.settings, timeout_s=regeneration.timeout_s, mark=config.host.folder / "pipeline.pid",
     )  # fmt: skip
 
 

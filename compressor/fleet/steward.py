@@ -46,6 +46,8 @@ class Steward:
     # --- the whole step -----------------------------------------------------------------------------------------
     def start(self, *, now_s: float) -> None:
         """Pick up what a former process left: cut-off pipelines and requests, desired documents to be retained."""
+        if self._means.trainer is not None:
+            self._means.trainer.stop()
         with self._database.writing() as tx:
             for job in plans.jobs(tx, states=("running",)):
                 self._resume(tx, job, now_s)

@@ -37,6 +37,7 @@ def trainer(script: str, tmp_path: Path, *, timeout_s: float = 60.0, device_clas
     return SubprocessTrainer(
         tmp_path / "recipe.toml", tmp_path / "cache", timeout_s=timeout_s, device_class=device_class,
         settings=("new_wearers=4,5,6",), program=(sys.executable, "-c", script),
+        mark=tmp_path / "pipeline.pid",
     )  # fmt: skip
 
 
@@ -97,6 +98,24 @@ def test_stopping_ends_it_with_everything_it_started(tmp_path: Path) -> None:
     assert os.getpriority(os.PRIO_PROCESS, pids[0]) == 10
     running.stop()
     assert running.poll() is None
+    wait_until(lambda: not any(_is_running(pid) for pid in pids))
+
+
+def test_the_pipeline_of_a_killed_host_is_ended_by_the_next_one_and_nobody_else_is(tmp_path: Path) -> None:
+    former = trainer(HANG, tmp_path)
+    former.start(tmp_path / "b", tmp_path, version=1, parents={})
+    pids = wait_until(lambda: _pids(tmp_path))
+    mark = tmp_path / "pipeline.pid"
+    said = mark.read_text()
+    mark.write_text(f"{pids[0]} 1")  # the number, but another process
+    trainer(HANG, tmp_path).stop()
+    assert former.poll() is None
+    for nonsense in ("", "0 -", "-1 -", f"{os.getpid()}", "x y z", "1 1"):
+        mark.write_text(nonsense)
+        trainer(HANG, tmp_path).stop()
+    mark.write_text(said)
+    trainer(HANG, tmp_path).stop()
+    assert wait_until(former.poll) == Failed("the pipeline ended with exit code -9: it said nothing")
     wait_until(lambda: not any(_is_running(pid) for pid in pids))
 
 
