@@ -18,11 +18,21 @@ from agent.contract.plan import EngineKind
 from agent.contract.tensors import Array, Tensor
 from agent.guard import NO_BITS, Verdict
 from agent.lineup import Lineup, Seat
-from agent.observation import MAX_ROWS, NO_CLASS, NO_ENGINE, VIEW_WIDTH, Observation, Outcome, RingWriter
+from agent.observation import (
+    LABEL_WIDTH,
+    MAX_ROWS,
+    NO_CLASS,
+    NO_ENGINE,
+    VIEW_WIDTH,
+    Observation,
+    Outcome,
+    RingWriter,
+    label_statistics,
+)
 from agent.service import Answer, Request, Service
 from agent.watchdog import TICK_S, Watch
 
-LARGEST_CLASS = 0x7FFF  # what a record can hold
+NO_LABEL = (NO_CLASS, math.nan, math.nan)
 SLOW = 3.0  # a row may take so many times what it took while warming
 
 
@@ -50,6 +60,16 @@ class Result:
     queue_us: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run of the first engine that was ended at its limit before anybody made an attempt of the request."""
+
+    text: str
+    began_ns: int
+    limit_ns: int
+    late: str
+
+
 class Attempt:
     """One request on its way through the lineup. Touches nothing shared but `watch`, so any thread may run it."""
 
@@ -65,10 +85,13 @@ class Attempt:
         self._verdict: Verdict | None = None
         self._troubles: list[Trouble] = []
 
-    def run(self) -> Result:
-        """Guard, then ask one engine after the other until one has an answer."""
+    def run(self, ended: Ended | None = None) -> Result:
+        """Guard, then ask one engine after the other until one has an answer.
+
+        `ended`: what the first engine came to already, with an input that the guard lets pass as it is.
+        """
         name = self._service.plan.service
-        if clock.monotonic_ns() > self._deadline_ns:
+        if ended is None and clock.monotonic_ns() > self._deadline_ns:
             text = f"'{name}' could not begin within the deadline after {self._queue_us / 1e3:.0f} ms of waiting"
             return self._result(Outcome.DEADLINE, DeadlineExceeded(text))
         feeds = self._guarded()
@@ -76,7 +99,10 @@ class Attempt:
             error = InvalidRequest(self._verdict.refusal, hint="The sensor or its driver needs attention.")
             return self._result(Outcome.REFUSED_BY_GUARD, error)
         seats = self._lineup.seats
-        for place, seat in enumerate(seats):
+        if ended is not None:
+            trouble = self._failed_run(seats[0], ended.text, ended.limit_ns, ended.late, ended.began_ns)
+            self._troubles.append(trouble)
+        for place, seat in enumerate(seats[len(self._troubles) :], len(self._troubles)):
             if seat.plan.kind is EngineKind.FLOOR and self._service.plan.floor_status != 200:
                 text = f"only the floor is left to answer for '{name}', and it is configured to refuse"
                 return self._result(Outcome.ERROR, Overloaded(text))
@@ -131,14 +157,9 @@ class Attempt:
         return not own and given_ns < SLOW * seat.engine.warm_us * 1e3 * self._rows
 
     def _limit(self, behind: Seat | None) -> tuple[int, str]:
-        """When a run is ended, and the name of that: in time for the engine behind it, at the latest when stuck."""
         now_ns = clock.monotonic_ns()
-        left_ns = self._deadline_ns - now_ns
-        reserve_ns = 0.0 if behind is None else SLOW * 1e3 * behind.engine.warm_us * self._rows + 2e9 * TICK_S
-        due_ns = max(left_ns - reserve_ns, left_ns / 2)
-        if due_ns > self._stuck_ns:
-            return now_ns + self._stuck_ns, "stuck"
-        return now_ns + int(due_ns), DeadlineExceeded.code
+        allowed_ns, late = run_limit(behind, self._deadline_ns - now_ns, rows=self._rows, stuck_ns=self._stuck_ns)
+        return now_ns + allowed_ns, late
 
     def _served(self, seat: Seat, raw: Mapping[str, Array]) -> Result:
         plan, datatypes = seat.plan, self._service.datatypes
@@ -179,25 +200,50 @@ class Attempt:
         return Result(outcome, reply, first, self._verdict, seat, raw, tuple(self._troubles), self._queue_us)
 
 
-def observe(
-    ring: RingWriter, service: Service, request: Request, result: Result, rows: int, latency_us: float
-) -> None:
-    """One record per row of the answer's label, else of the request, up to MAX_ROWS."""
+def run_limit(behind: Seat | None, left_ns: float, *, rows: int, stuck_ns: int) -> tuple[int, str]:
+    """How long a run may take, and the name of its end: in time for the engine behind it, at the latest when stuck.
+
+    `left_ns`: until the answer is due.
+    """
+    reserve_ns = 0.0 if behind is None else SLOW * 1e3 * behind.engine.warm_us * rows + 2e9 * TICK_S
+    due_ns = max(left_ns - reserve_ns, left_ns / 2)
+    return (stuck_ns, "stuck") if due_ns > stuck_ns else (int(due_ns), DeadlineExceeded.code)
+
+
+def observe(ring: RingWriter, service: Service, request: Request, result: Result, rows: int, elapsed_ns: int) -> None:
+    """One record per row of the answer's label, else of the request, up to MAX_ROWS.
+
+    Raises: what an output that is not what its plan promised makes numpy raise; then nothing was written.
+    """
     seat = result.seat
     views = _views(result)
     labels = None if result.raw is None else result.raw.get(service.plan.label_output)
     if labels is not None and labels.ndim:
         rows = len(labels)
-    for row in range(min(rows, MAX_ROWS)):
+    raw, judged = _labels(labels)
+    for row in range(min(max(rows, 1), MAX_ROWS)):
         bits = NO_BITS if result.verdict is None else result.verdict.row_bits(row)
         view = b"" if views is None or row >= len(views) else views[row].tobytes()
+        label = b"" if raw is None else raw[row].tobytes()
+        predicted, confidence, entropy = NO_LABEL if judged is None else judged[row]
         ring.write(
             Observation(
-                request.arrival_ns, request.data_time_s, latency_us, result.queue_us, service.index,
+                request.arrival_ns, request.data_time_s, elapsed_ns / 1e3, result.queue_us, service.index,
                 NO_ENGINE if seat is None else seat.index, result.first, result.outcome, row, min(rows, 0xFFFF),
-                *_label(labels, row), *bits, len(view) // 4, view,
+                int(predicted), confidence, entropy, *bits, len(view) // 4, view, label,
             )
         )  # fmt: skip
+
+
+def _labels(labels: Array | None) -> tuple[Array | None, list[list[float]] | None]:
+    """What records hold of the label output: its raw rows, or three numbers of each; None and None without any."""
+    if labels is None or not labels.ndim or not labels.size:
+        return None, None
+    flat = labels[:MAX_ROWS].reshape(min(len(labels), MAX_ROWS), -1)
+    if flat.dtype == np.float32 and flat.shape[1] <= LABEL_WIDTH:
+        return np.ascontiguousarray(flat), None
+    with np.errstate(over="ignore"):
+        return None, np.stack(label_statistics(flat), axis=1).astype(np.float32).tolist()
 
 
 def _views(result: Result) -> Array | None:
@@ -209,17 +255,6 @@ def _views(result: Result) -> Array | None:
     return joined[:, :VIEW_WIDTH].astype("<f4", copy=False)
 
 
-def _label(labels: Array | None, row: int) -> tuple[int, float, float]:
-    """Predicted class, its share, and the entropy in nats; NaN entropy when the row is no distribution."""
-    if labels is None or not labels.ndim:
-        return NO_CLASS, math.nan, math.nan
-    shares = labels[row].ravel().tolist()
-    largest = max(shares)
-    predicted = min(shares.index(largest), LARGEST_CLASS)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-3:
-        return predicted, largest, math.nan
-    return predicted, largest, sum(-share * math.log(share) for share in shares if share > 0)
-
-
 def first_engine(lineup: Lineup) -> int:
+    """Index of the engine that is asked first."""
     return lineup.seats[0].index if lineup.seats else NO_ENGINE

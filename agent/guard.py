@@ -8,7 +8,7 @@ Pure: no clock, no state.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,15 @@ class Guard:
         if self._is_clean(windows, series):
             return Verdict(x)
         return self._verdict(x, self._judge(series), reads)
+
+    def watch(self, x: Array) -> Callable[[], bool]:
+        """What tells of memory that holds ever new inputs whether `check` would find nothing; False may mean yes."""
+
+        def clean() -> bool:
+            verdict = self.check(x)
+            return verdict.bits is None and not verdict.refusal
+
+        return clean
 
     def _is_clean(self, x: Array, series: Array) -> bool:
         """True only if `_judge` would find nothing. Sufficient conditions, chosen for cost."""

@@ -12,12 +12,14 @@ import queue
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from agent import clock
 from agent.admission import Judgement, retry_after_s
-from agent.attempt import Attempt, Result, Trouble, first_engine, observe
+from agent.attempt import Attempt, Ended, Result, Trouble, first_engine, observe
 from agent.contract.errors import Overloaded, ServingError, UnknownModel
 from agent.contract.plan import EngineTrouble
+from agent.express import Express, Serve, Wire
 from agent.lineup import INLINE_US
 from agent.observation import Outcome, RingWriter
 from agent.service import MAX_BATCH_ROWS, Answer, Request, Service
@@ -50,6 +52,8 @@ class Serving:
         Requests expected to take less than `inline_us` are run on the event loop's thread.
         """
         self.services = {service.plan.service: service for service in services}
+        for service in services:
+            service.count_in(ring)
         self._ring = ring
         self._stuck_ns = int(stuck_after_s * 1e9)
         self._dog = Watchdog(stuck_after_s, on_unstoppable)
@@ -59,6 +63,7 @@ class Serving:
         self._on_trouble = on_trouble
         self._inline_us = inline_us
         self._unrecorded = 0
+        self._express: dict[str, Express | None] = {}
 
     def service(self, name: str) -> Service:
         """Raises: UnknownModel: no service has this name."""
@@ -66,8 +71,10 @@ class Serving:
             raise UnknownModel(f"there is no model '{name[:60]}', served are: {', '.join(self.services)}")
         return self.services[name]
 
-    def submit(self, request: Request, done: Done) -> None:
+    def submit(self, request: Request, done: Done, ended: Ended | None = None) -> None:
         """Answer a request, whose inputs passed `Service.check_input`, on this thread: at once, or in its turn.
+
+        `ended`: what `Express` left to us with this request.
 
         Raises:
             InvalidRequest, UnknownModel: the request does not fit the service; `done` is not called.
@@ -75,7 +82,7 @@ class Serving:
         service = self.service(request.service)
         rows = service.check(request)
         if rows * service.slowest_us < self._inline_us:
-            result = Attempt(service, request, rows, self._watch, self._stuck_ns).run()
+            result = Attempt(service, request, rows, self._watch, self._stuck_ns).run(ended)
             self._finish(service, request, rows, result, done)
             return
         refusal = _refusal(service, request)
@@ -88,6 +95,22 @@ class Serving:
         self._runners[request.service].put(
             request, rows, lambda result: self._leave(service, request, rows, result, done)
         )
+
+    def express(self, request: Request, wire: Callable[[Express], Wire | None]) -> Serve | None:
+        """The short way for all requests that differ from this one in their numbers only; None: there is none.
+
+        `wire`: what such messages look like.
+        """
+        service = self.service(request.service)
+        if service.check(request) * service.slowest_us >= self._inline_us:
+            return None
+        known = self._express.get(request.service)
+        if known is None or known.stale:
+            known = self._express[request.service] = Express.prepare(service)
+        found = None if known is None else wire(known)
+        if known is None or found is None:
+            return None
+        return known.serve(request, found, self._watch, self._ring, self._stuck_ns)
 
     def prefer(self, service_name: str, engine: str, reason: str) -> None:
         """Let `engine` answer first from the next request on.
@@ -133,24 +156,16 @@ class Serving:
 
     def _finish(self, service: Service, request: Request, rows: int, result: Result, done: Done) -> None:
         done(result.reply)
-        latency_us = (clock.monotonic_ns() - request.arrival_ns) / 1e3
-        counters = service.counters
-        counters.requests += 1
-        counters.by_outcome[result.outcome] += 1
-        counters.queue_us += result.queue_us
-        counters.last_wall_s = clock.wall_s()
-        if isinstance(result.reply, Answer):
-            counters.answered += 1
-            counters.rows += rows
-            counters.latency_us += latency_us
-        else:
-            counters.failed += 1
+        elapsed_ns = clock.monotonic_ns() - request.arrival_ns
+        service.queue_us += result.queue_us
+        service.last_ns = request.arrival_ns
         for trouble in result.troubles:
             self._note(service, trouble)
         try:
-            observe(self._ring, service, request, result, rows, latency_us)
+            observe(self._ring, service, request, result, rows, elapsed_ns)
         except _UNRECORDABLE:  # the request has its answer; raising would only give it a second one
             self._unrecorded += 1
+            observe(self._ring, service, request, replace(result, raw=None), rows, elapsed_ns)  # it counts
 
     def _note(self, service: Service, trouble: Trouble) -> None:
         key = (service.plan.service, trouble.seat.plan.engine, trouble.code)

@@ -25,6 +25,7 @@ class Watch:
         self._dog = dog
         self._lock = threading.Lock()
         self._control = RunControl()
+        self.options = self._control.options
         self._limit_ns = 0
         self.started_ns = 0  # 0 = nothing runs
 
@@ -36,9 +37,24 @@ class Watch:
         try:
             return engine.run(feeds, control=self._control)
         finally:
-            with self._lock:
-                self.started_ns = 0
-                self._control.rearm()
+            self.clear()
+
+    def begin(self, now_ns: int, limit_ns: int) -> None:
+        """A run that its owner makes by itself, with `options`. It ends with `started_ns = 0`; if it failed, `clear`.
+
+        Without the lock an end order may then reach the run after it: whoever runs so must look at the clock when a
+        run fails.
+        """
+        self._limit_ns = limit_ns
+        self.started_ns = now_ns
+        if self._dog.asleep:
+            self._dog.notice()
+
+    def clear(self) -> None:
+        """Nothing runs any more, and what ended the last run does not end the next one."""
+        with self._lock:
+            self.started_ns = 0
+            self._control.rearm()
 
     def end(self) -> None:
         """End the run, whatever its limit."""

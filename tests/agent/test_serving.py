@@ -442,13 +442,19 @@ def test_a_class_number_beyond_what_a_record_holds_is_clamped(ring_fd: int) -> N
     assert (record["predicted"], record["confidence"]) == (32767, 1.0)
 
 
-@pytest.mark.parametrize("label", [np.zeros((1, 0), np.float32), np.array([[b"cat"]], object), np.array([[1e300]])])
-def test_an_answer_that_cannot_be_recorded_is_given_once_and_counted(ring_fd: int, label: np.ndarray) -> None:
+@pytest.mark.parametrize(
+    ("label", "unrecorded"),
+    [(np.zeros((1, 0), np.float32), 0), (np.array([[b"cat"]], object), 1), (np.array([[1e300]]), 0)],
+)
+def test_an_answer_with_an_odd_label_is_given_once_and_counted(
+    ring_fd: int, label: np.ndarray, unrecorded: int
+) -> None:
     plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=(WINDOW,), outputs=(PROBABILITY,))
     told, serving = ask_odd(odd_service(plan, Odd(probability=label)), ring_fd, {"window": window()})
     assert [type(reply) for reply in told] == [Answer]
-    assert serving.statistics()["unrecorded"] == 1
+    assert serving.statistics()["unrecorded"] == unrecorded
     assert serving.statistics()["requests"] == 1
+    assert len(RingReader(ring_fd).read()) == 1
 
 
 # --- requests that do not fit --------------------------------------------------------------------------------
