@@ -20,7 +20,7 @@ from agent.contract.plan import EngineKind
 from agent.contract.tensors import Array, Tensor
 from agent.engine import Lane, OnnxEngine, leading_rows
 from agent.lineup import Lineup, Seat
-from agent.observation import LABEL_WIDTH, VIEW_WIDTH, Outcome, RingWriter
+from agent.observation import LABEL_WIDTH, VIEW_WIDTH, Observe, Outcome, RingWriter
 from agent.service import Answer, Request, Service
 from agent.watchdog import Watch
 
@@ -114,7 +114,7 @@ class Express:
         deadline_ns = service.deadline_ns(request) - request.arrival_ns
         allowed_ns, late = run_limit(behind, deadline_ns, rows=1, stuck_ns=stuck_ns)
         record = self._recorder(request, ring)
-        head, now_ns = wire.head, clock.monotonic_ns
+        head, read, now_ns = wire.head, given.tobytes, clock.monotonic_ns
 
         def serve(data: bytes, arrival_ns: int, write: Write) -> Left | Ended | None:
             if service.lineup is not lineup:
@@ -134,8 +134,9 @@ class Express:
             watch.started_ns = 0
             if dot(zeros) != 0.0:
                 return Left.ODD
-            write(head + given.tobytes())
-            record(arrival_ns, now_ns() - arrival_ns)
+            write(head + read())
+            record(arrival_ns)
+            service.last_ns = arrival_ns
             return None
 
         return serve
@@ -158,9 +159,8 @@ class Express:
             return None  # NaN and infinity in the inputs are found behind the run
         return guard.watch(x)
 
-    def _recorder(self, request: Request, ring: RingWriter) -> Callable[[int, int], None]:
-        """What leaves the observation of one request: (arrival_ns, elapsed_ns)."""
-        service, seat, lane, data_time_s = self._service, self._seat, self._lane, request.data_time_s
+    def _recorder(self, request: Request, ring: RingWriter) -> Observe:
+        service, seat, lane = self._service, self._seat, self._lane
         label = lane.outputs.get(service.plan.label_output)
         views = [view.output for view in seat.plan.views]
         observed = lane.piece([service.plan.label_output, *views] if label is not None else views)
@@ -169,26 +169,19 @@ class Express:
         raw = label is None or (label.dtype == np.float32 and 0 < label_width <= LABEL_WIDTH and len(label) == 1)
         if observed is None or not raw:
             return self._long_recorder(request, ring)
-        payload = observed[: 4 * (label_width + view_width)]
-        write = ring.observer(
+        return ring.observer(
             service=service.index, engine=seat.index, first=seat.index, outcome=Outcome.OK,
-            label_width=label_width, view_width=view_width,
+            label_width=label_width, view_width=view_width, read=observed[: 4 * (label_width + view_width)].tobytes,
+            data_time_s=request.data_time_s, now_ns=clock.monotonic_ns,
         )  # fmt: skip
 
-        def record(arrival_ns: int, elapsed_ns: int) -> None:
-            write(arrival_ns, elapsed_ns, data_time_s, payload.tobytes())
-            service.last_ns = arrival_ns
-
-        return record
-
-    def _long_recorder(self, request: Request, ring: RingWriter) -> Callable[[int, int], None]:
+    def _long_recorder(self, request: Request, ring: RingWriter) -> Observe:
         service, answer = self._service, self.answer(request.outputs)
-        first = first_engine(self._lineup)
-        result = Result(Outcome.OK, answer, first, seat=self._seat, raw=self._lane.outputs)
+        result = Result(Outcome.OK, answer, first_engine(self._lineup), seat=self._seat, raw=self._lane.outputs)
 
-        def record(arrival_ns: int, elapsed_ns: int) -> None:
+        def record(arrival_ns: int) -> None:
+            elapsed_ns = clock.monotonic_ns() - arrival_ns
             observe(ring, service, replace(request, arrival_ns=arrival_ns), result, 1, elapsed_ns)
-            service.last_ns = arrival_ns
 
         return record
 

@@ -124,8 +124,8 @@ class Observation(NamedTuple):
     label: bytes = b""
 
 
-Observe = Callable[[int, int, float, bytes], None]
-"""Appends the record of one quick request: arrival_ns, elapsed_ns, data_time_s, label and view as float32 bytes."""
+Observe = Callable[[int], None]
+"""Appends the record of one quick request that came at this time (monotonic, ns) and has its answer now."""
 
 
 def create_ring(slots: int = DEFAULT_SLOTS, *, layout: Layout = DEFAULT_LAYOUT) -> int:
@@ -225,12 +225,23 @@ class RingWriter(_Ring):
         return int(self._sequence[0])
 
     def observer(
-        self, *, service: int, engine: int, first: int, outcome: int, label_width: int, view_width: int
+        self,
+        *,
+        service: int,
+        engine: int,
+        first: int,
+        outcome: int,
+        label_width: int,
+        view_width: int,
+        read: Callable[[], bytes],
+        data_time_s: float,
+        now_ns: Callable[[], int],
     ) -> Observe:
         """What appends the records of single rows that waited for nobody and whose guard found nothing.
 
-        All that monitoring adds to a quick request is one call of it: 0.7 us, a tenth of a bare run
-        (`scripts/bench_request.py`), because everything that is the same is packed beforehand.
+        `read`: the row of the label output and the views, float32. One call is all that monitoring adds to a quick
+        request: 0.7 us, a tenth of a bare run (`scripts/bench request`), because whatever stays the same is packed
+        beforehand.
         """
         (kind,) = struct.unpack("<Q", _KIND.pack(service, engine, first, outcome, 0, label_width, view_width, 0))
         width = 4 * (label_width + view_width)
@@ -238,11 +249,11 @@ class RingWriter(_Ring):
         memory, sums, sequence, slots, begin = self._bytes, self._sums, self._sequence, self.slots, self._first
         every, count, checksum = self._count_every, self._count, _checksum
 
-        def observe(arrival_ns: int, elapsed_ns: int, data_time_s: float, payload: bytes) -> None:
+        def observe(arrival_ns: int) -> None:
             number = sequence[0]
             slot = number % slots
             at = begin + slot * _SLOT_BYTES
-            pack_into(memory, at, number, arrival_ns, data_time_s, elapsed_ns, kind, payload)
+            pack_into(memory, at, number, arrival_ns, data_time_s, now_ns() - arrival_ns, kind, read())
             # Content, checksum, then the sequence that publishes it. The checksum makes the reader independent of
             # the order in which another core sees these stores (ARM).
             sums[slot] = checksum(memory[at : at + size])

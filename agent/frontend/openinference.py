@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 from agent import VERSION
+from agent.attempt import Ended
 from agent.contract.errors import (
     InvalidRequest,
     Overloaded,
@@ -20,6 +22,7 @@ from agent.contract.errors import (
 )
 from agent.contract.plan import TensorPlan
 from agent.contract.tensors import DATATYPES, Array, Buffer, Tensor, read_tensors
+from agent.express import Express, Wire
 from agent.frontend.documents import (
     InferDocument,
     answer_response,
@@ -32,7 +35,8 @@ from agent.frontend.documents import (
     read,
     read_document,
 )
-from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, error_response
+from agent.frontend.plans import Plan
+from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, encode_response, error_response
 from agent.frontend.streams import StreamRoute
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
 
@@ -62,9 +66,8 @@ class OpenInference:
             reply(failure(error))
 
     def _route(self, request: HttpRequest, reply: Reply) -> None:
-        path = request.path.partition("?")[0].rstrip("/")
-        parts = path.split("/")[1:]
-        match [unquote(part) for part in parts] if "%" in path else parts:
+        path, parts = _parts(request.path)
+        match parts:
             case ["v2", "models", model, "infer"]:
                 self._infer(request, reply, model, "")
             case ["v2", "models", model, "versions", version, "infer"]:
@@ -118,20 +121,65 @@ class OpenInference:
         service = self._serving.service(model)
         service.check_version(version)
         length, document = read_document(http)
-        binary = binary_names(document)
-        inputs = _read_inputs(service, document, memoryview(http.body)[length:])
-        request = _request(service, version, document, inputs, http)
+        asked = _Asked(model, version, service, document, binary_names(document))
+        self._submit(asked, memoryview(http.body)[length:], http.arrival_ns, http.client, None, reply)
+
+    def _submit(
+        self, asked: _Asked, binary: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply
+    ) -> None:
+        """Raises: ServingError: the request does not fit its service; there is no reply then."""
+        request = asked.request(binary, arrival_ns, client)
 
         def done(result: Answer | ServingError) -> None:
             if isinstance(result, ServingError):
                 reply(failure(result))
                 return
             try:
-                reply(answer_response(model, document.id, result, binary))
+                reply(answer_response(asked.model, asked.document.id, result, asked.binary))
             except InvalidRequest as error:  # an output that has no JSON form
                 reply(failure(error))
 
-        self._serving.submit(request, done)
+        self._serving.submit(request, done, ended)
+
+    def plan(self, http: HttpRequest, prefix: bytes, response: bytes) -> Plan | None:
+        """How messages like this one, which were answered by `response`, are answered from now on.
+
+        None: they are no requests for inference, or the answer says something that others would not.
+        """
+        model, version = _asked_model(http.path)
+        if model not in self._serving.services:
+            return None
+        service = self._serving.services[model]
+        length, document = read_document(http)
+        asked = _Asked(model, version, service, document, binary_names(document))
+        request = asked.request(memoryview(http.body)[length:], http.arrival_ns, http.client)
+        expected = True
+
+        def wire(express: Express) -> Wire | None:
+            nonlocal expected
+            answer = express.answer(request.outputs)
+            if not all(asked.binary(tensor.name) for tensor in answer.outputs):
+                return None
+            encoded = encode_response(answer_response(model, document.id, answer, asked.binary))
+            head = encoded[: len(encoded) - sum(tensor.array.nbytes for tensor in answer.outputs)]
+            expected = len(encoded) == len(response) and response.startswith(head)
+            names = [tensor.name for tensor in answer.outputs]
+            return Wire(len(prefix), tuple(request.inputs), names, head) if expected else None
+
+        serve = self._serving.express(request, wire)
+        lineup = service.lineup
+
+        def submit(binary: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply) -> None:
+            try:
+                self._submit(asked, binary, arrival_ns, client, ended, reply)
+            except ServingError as error:
+                reply(failure(error))
+
+        body_bytes = len(http.body)
+        size_bytes = len(prefix) + body_bytes - length
+        if not expected:
+            return None
+        return Plan(prefix, size_bytes, body_bytes, serve, submit, lambda: service.lineup is not lineup)
 
     def _ready(self) -> dict[str, bool]:
         for service in self._serving.services.values():
@@ -148,6 +196,24 @@ class OpenInference:
             }
             for service in self._serving.services.values()
         ]
+
+
+def _parts(path: str) -> tuple[str, list[str]]:
+    """A path without its query, and the names it is made of."""
+    path = path.partition("?")[0].rstrip("/")
+    parts = path.split("/")[1:]
+    return path, [unquote(part) for part in parts] if "%" in path else parts
+
+
+def _asked_model(path: str) -> tuple[str, str]:
+    """Model and version that a path asks for inference; empty = it does not."""
+    match _parts(path)[1]:
+        case ["v2", "models", model, "infer"]:
+            return model, ""
+        case ["v2", "models", model, "versions", version, "infer"]:
+            return model, version
+        case _:
+            return "", ""
 
 
 # --- infer ---------------------------------------------------------------------------------------------------
@@ -177,20 +243,31 @@ def _check_texts(tensor: Tensor) -> None:
             raise InvalidRequest(f"element {index} of '{tensor.name}' is not UTF-8") from None
 
 
-def _request(
-    service: Service, version: str, document: InferDocument, inputs: dict[str, Array], http: HttpRequest
-) -> Request:
-    data_time_s = number(document.parameters, "ew_time_s")
-    return Request(
-        service=service.plan.service,
-        inputs=inputs,
-        arrival_ns=http.arrival_ns,
-        outputs=tuple(output.name for output in document.outputs),
-        version=version,
-        deadline_ms=deadline_ms(document.parameters),
-        data_time_s=math.nan if data_time_s is None else data_time_s,
-        client=http.client,
-    )
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What a request for inference says, but for its binary data."""
+
+    model: str
+    version: str
+    service: Service
+    document: InferDocument
+    binary: Callable[[str], bool]
+
+    def request(self, binary: memoryview, arrival_ns: int, client: str) -> Request:
+        """Raises: InvalidRequest: the tensors are not those of the service, or the data do not fit them."""
+        parameters = self.document.parameters
+        inputs = _read_inputs(self.service, self.document, binary)
+        data_time_s = number(parameters, "ew_time_s")
+        return Request(
+            service=self.service.plan.service,
+            inputs=inputs,
+            arrival_ns=arrival_ns,
+            outputs=tuple(output.name for output in self.document.outputs),
+            version=self.version,
+            deadline_ms=deadline_ms(parameters),
+            data_time_s=math.nan if data_time_s is None else data_time_s,
+            client=client,
+        )
 
 
 # --- what a model says about itself --------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """HTTP/1.1 for one worker: sockets, strict parsing, limits, pipelining, drain. What a path means is its handler's.
 
-httptools (llhttp in strict mode) parses; everything it lets pass that has two readings is refused here: chunked
-bodies, an upgrade, a missing or doubled Host. Every error is a status and exactly {"error": "..."}.
+httptools (llhttp in strict mode) parses, unless a plan knows the message (`plans`); everything it lets pass that has
+two readings is refused here: chunked bodies, an upgrade, a missing or doubled Host. Every error is a status and
+exactly {"error": "..."}.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import httptools
 import msgspec
 
 from agent import clock
+from agent.attempt import Ended
 from agent.contract.tensors import HEADER_LENGTH, Buffer
+from agent.express import Left
+from agent.frontend.plans import MAX_PREFIX_BYTES, Plan, PlanCache
 from agent.frontend.unread import Unread
 from agent.sockets import client_of
 
@@ -84,6 +88,8 @@ Give = Callable[[Sequence[Leaving]], Awaitable[None]]
 
 Reply = Callable[[HttpResponse], None]
 Handler = Callable[[HttpRequest, Reply], None]
+MakePlan = Callable[[HttpRequest, bytes, bytes], Plan | None]
+"""A plan for messages like this one: (request, its bytes before the binary data, the response to it)."""
 
 
 def error_response(status: int, text: str, headers: dict[str, str] | None = None) -> HttpResponse:
@@ -98,17 +104,21 @@ class Server:
         self,
         handler: Handler,
         *,
+        make_plan: MakePlan | None = None,
         max_body_bytes: int,
         max_json_bytes: int = MAX_JSON_BYTES,
         max_buffered_bytes: int = MAX_BUFFERED_BYTES,
         max_connections: int = MAX_CONNECTIONS,
         slow_s: float = SLOW_S,
     ) -> None:
+        """`make_plan`: for requests that came twice; None = every request is parsed."""
         self.handler = handler
+        self.make_plan = make_plan
+        self.plans = PlanCache()
         self.max_body_bytes = max_body_bytes
         self.max_json_bytes = max_json_bytes
         self._max_buffered_bytes = max(max_buffered_bytes, 2 * max_body_bytes)  # the largest body must fit
-        self._buffered_bytes = 0
+        self.buffered_bytes = 0
         self.slow_s = slow_s
         self.draining = False
         self.connections: set[Connection] = set()
@@ -214,27 +224,32 @@ class Server:
         """
         return {
             "connections": len(self.connections),
-            "buffered_bytes": self._buffered_bytes,
+            "buffered_bytes": self.buffered_bytes,
             "refused_bodies": self._refused_bodies,
             "accepted": self._accepted,
             "refused_connections": self._refused,
             "malformed": self.malformed,
+            "plans": len(self.plans),
             "connections_taken": self._moved["taken"],
             "connections_given": self._moved["given"],
         }
 
+    def has_room(self, size: int) -> bool:
+        """Whether `reserve` would set so much aside."""
+        share = 1.0 if size <= SMALL_BODY_BYTES else 0.75
+        return not size or self.buffered_bytes + size <= share * self._max_buffered_bytes
+
     def reserve(self, size: int) -> bool:
         """Set room for a body aside, before it is read; False and counted when there is none."""
-        share = 1.0 if size <= SMALL_BODY_BYTES else 0.75
-        if size and self._buffered_bytes + size > share * self._max_buffered_bytes:
+        if not self.has_room(size):
             self._refused_bodies += 1
             return False
-        self._buffered_bytes += size
+        self.buffered_bytes += size
         return True
 
     def release(self, size: int) -> None:
         """Give back what `reserve` set aside."""
-        self._buffered_bytes -= size
+        self.buffered_bytes -= size
 
     def _accept(self, listener: socket.socket) -> None:
         for _ in range(ACCEPTS_PER_TURN):
@@ -295,9 +310,10 @@ class _Pending:
     """A request whose response has not been written yet. `size`: body bytes reserved for it.
 
     `kept`: an HTTP/1.0 client must be told that its connection stays. `headless`: no body may follow (HEAD).
+    `lesson`: what a plan can be made of once it is answered.
     """
 
-    __slots__ = ("closing", "headless", "kept", "response", "size")
+    __slots__ = ("closing", "headless", "kept", "lesson", "response", "size")
 
     def __init__(self, *, closing: bool, size: int = 0, kept: bool = False, headless: bool = False) -> None:
         self.closing = closing
@@ -305,6 +321,7 @@ class _Pending:
         self.kept = kept
         self.headless = headless
         self.response: bytes | None = None
+        self.lesson: tuple[HttpRequest, bytes] | None = None  # and what its message is before the binary data
 
 
 class Connection(asyncio.Protocol):
@@ -320,6 +337,9 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._transport: Any = None
         self._client = ""
+        self._plan: Plan | None = None  # of the request before
+        self._chunk = b""  # what is being parsed, if it begins between requests
+        self._last_prefix = b""  # of the last request that was parsed and can have a plan
         self._pending: deque[_Pending] = deque()
         self._handling: _Pending | None = None  # the request whose handler runs
         self._reserved_bytes = 0  # for the body being read
@@ -357,8 +377,43 @@ class Connection(asyncio.Protocol):
         self._drop_body()
 
     def data_received(self, data: bytes) -> None:
+        plan, server = self._plan, self._server
+        if plan is None or len(data) != plan.size_bytes or not data.startswith(plan.prefix):
+            self._plan = plan = server.plans.find(data)
+        if (
+            plan is None
+            or self._pending or self._reading_since_ns or self._discarding_since_ns or self._paused
+            or server.draining or server.freed
+            or (server.buffered_bytes and not server.has_room(plan.body_bytes))
+        ):  # fmt: skip
+            self._parse(data)
+            return
+        self.last_ns = now_ns = clock.monotonic_ns()
+        left = None if plan.serve is None else plan.serve(data, now_ns, self._transport.write)
+        if left is None and plan.serve is not None:
+            return
+        if isinstance(left, Left):
+            self._parse(data)
+        else:
+            self._skip_parser(plan, data, left)
+
+    def _skip_parser(self, plan: Plan, data: bytes, ended: Ended | None) -> None:
+        """Go on as behind the parser."""
+        self._server.reserve(plan.body_bytes)
+        pending = _Pending(closing=False, size=plan.body_bytes)
+        self._pending.append(pending)
+        self._handling = pending
+        numbers = memoryview(data)[len(plan.prefix) :]
+        try:
+            plan.submit(numbers, self.last_ns, self._client, ended, lambda response: self._reply(pending, response))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told and the worker lives on
+            self._fail(error)
+        self._handling = None
+
+    def _parse(self, data: bytes) -> None:
         if self._discarding_since_ns:
             return
+        self._chunk = data if self.idle and self._server.make_plan is not None else b""
         self.last_ns = clock.monotonic_ns()
         was_in_head = self._in_head
         try:
@@ -378,6 +433,7 @@ class Connection(asyncio.Protocol):
             if self._reading_since_ns or self._unread.size:
                 self._unread.feed(data, self._ended, reading=bool(self._reading_since_ns))
             self._ended.clear()
+        self._chunk = b""
 
     def eof_received(self) -> bool:
         """Keep the connection half open while answers are still owed."""
@@ -466,11 +522,26 @@ class Connection(asyncio.Protocol):
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
         request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns, self._client)
         self._body = []
+        if self._chunk and not (pending.closing or pending.kept):
+            pending.lesson = self._lesson(request)
         self._handling = pending
         self._server.handler(request, lambda response: self._reply(pending, response))
         self._handling = None
         if len(self._pending) > MAX_PIPELINED:
             self._balance()
+
+    def _lesson(self, request: HttpRequest) -> tuple[HttpRequest, bytes] | None:
+        """For a request whose whole message, and nothing else, came in one piece, for the second time in a row."""
+        given = request.headers.get(HEADER_LENGTH.lower())
+        if given is None or request.method != "POST" or "expect" in request.headers:
+            return None
+        chunk, binary_bytes = self._chunk, len(request.body) - _json_bytes(request.headers, len(request.body))
+        whole = chunk.find(b"\r\n\r\n") + 4 + len(request.body) == len(chunk)
+        prefix = chunk[: len(chunk) - binary_bytes] if whole and binary_bytes else b""
+        if not prefix or len(prefix) > MAX_PREFIX_BYTES:
+            return None
+        again, self._last_prefix = prefix == self._last_prefix, prefix
+        return (request, prefix) if again else None
 
     # --- leaving ---------------------------------------------------------------------------------------------
     @property
@@ -533,7 +604,7 @@ class Connection(asyncio.Protocol):
         self._refusal = (status, text)
         raise _Refused
 
-    def _fail(self, error: httptools.HttpParserCallbackError) -> None:
+    def _fail(self, error: Exception) -> None:
         """A handler raised what it should not: told to the process loop, which counts it; the worker lives on."""
         _tell_bug("a request handler failed", error.__context__ or error)
         pending, self._handling = self._handling, None
@@ -573,13 +644,25 @@ class Connection(asyncio.Protocol):
             return
         self._server.release(pending.size)
         pending.closing = pending.closing or self._server.draining
-        pending.response = _encode(response, closing=pending.closing, kept=pending.kept, headless=pending.headless)
+        pending.response = encode_response(
+            response, closing=pending.closing, kept=pending.kept, headless=pending.headless
+        )
+        if pending.lesson is not None and response.status == HTTPStatus.OK and not pending.closing:
+            self._learn(*pending.lesson, pending.response)
         while self._pending and self._pending[0].response is not None:
             self._write(self._pending.popleft())
         if self._paused:
             self._balance()
         if self._server.freed is not None and not self._pending:
             self._server.freed.set()
+
+    def _learn(self, request: HttpRequest, prefix: bytes, response: bytes) -> None:
+        known = self._server.plans.find_prefix(prefix)
+        if self._server.make_plan is None or (known is not None and not known.stale()):
+            return
+        plan = self._server.make_plan(request, prefix, response)
+        if plan is not None:
+            self._server.plans.keep(plan)
 
     def _write(self, pending: _Pending) -> None:
         if self._transport is None or self._transport.is_closing() or pending.response is None:
@@ -622,7 +705,10 @@ def _json_bytes(headers: dict[str, str], size: int) -> int:
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-def _encode(response: HttpResponse, *, closing: bool, kept: bool = False, headless: bool = False) -> bytes:
+def encode_response(
+    response: HttpResponse, *, closing: bool = False, kept: bool = False, headless: bool = False
+) -> bytes:
+    """The bytes of a response. `closing`, `kept`, `headless`: see `_Pending`."""
     size = sum(map(len, response.parts))
     lines = f"HTTP/1.1 {response.status} {_REASONS[response.status]}\r\nContent-Length: {size}\r\n"
     if response.json_bytes:
@@ -644,4 +730,4 @@ def _turn_away(sock: socket.socket) -> None:
     response = error_response(503, "too many connections are open", {"Retry-After": "1"})
     with sock, contextlib.suppress(OSError):
         sock.settimeout(0)
-        sock.send(_encode(response, closing=True))
+        sock.send(encode_response(response, closing=True))

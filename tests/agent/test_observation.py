@@ -80,9 +80,10 @@ def test_a_quick_request_is_recorded_and_counted_like_any_other(fd: int, classes
     writer, reader = RingWriter(fd), RingReader(fd)
     label, view = np.full(classes, 1 / classes, "<f4"), np.arange(VIEW_WIDTH, dtype="<f4")
     observe = writer.observer(
-        service=1, engine=2, first=0, outcome=Outcome.FAILED_OVER, label_width=classes, view_width=VIEW_WIDTH
-    )
-    observe(5, 7_600, 12.25, label.tobytes() + view.tobytes())
+        service=1, engine=2, first=0, outcome=Outcome.FAILED_OVER, label_width=classes, view_width=VIEW_WIDTH,
+        read=lambda: label.tobytes() + view.tobytes(), data_time_s=12.25, now_ns=lambda: 7_605,
+    )  # fmt: skip
+    observe(5)
     writer.write(Observation(5, latency_us=7.6, service=1, engine=2, outcome=Outcome.FAILED_OVER, rows=3))
     record, _ = reader.read()
     expected = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from agent.observation import NO_ENGINE, Observation, Outcome, RingReader, RingWriter, create_ring
+from agent.observation import NO_ENGINE, Observation, Observe, Outcome, RingReader, RingWriter, create_ring
 from agent.sketch import BUCKETS, LogSketch
 from agent.tally import ANSWERED, Layout, Tally, add_latencies
 
@@ -25,6 +25,12 @@ class Ring:
 
     def write(self, elapsed_ns: int = 5_000, **fields: int) -> None:
         self.writer.write(Observation(arrival_ns=1, latency_us=elapsed_ns / 1e3, **fields))
+
+    def observer(self, service: int) -> Observe:
+        return self.writer.observer(
+            service=service, engine=0, first=0, outcome=Outcome.OK, label_width=0, view_width=0, read=bytes,
+            data_time_s=0.0, now_ns=lambda: 5_001,
+        )  # fmt: skip
 
     def tally(self, service: int = 0, *, ended: bool = False) -> Tally | None:
         news = self.reader.take(ended=ended)
@@ -42,9 +48,9 @@ def ring(request: pytest.FixtureRequest) -> Iterator[Ring]:
 
 
 def test_every_request_is_counted_however_few_records_are_left(ring: Ring) -> None:
-    observe = ring.writer.observer(service=1, engine=0, first=0, outcome=Outcome.OK, label_width=0, view_width=0)
+    observe = ring.observer(service=1)
     for _ in range(9_001):
-        observe(1, 5_000, 0.0, b"")
+        observe(1)
     ring.write(service=1, outcome=Outcome.ERROR, rows=7)
     for row in range(3):
         ring.write(service=1, engine=1, outcome=Outcome.FAILED_OVER, rows=3, row=row)
@@ -95,8 +101,8 @@ def test_an_engine_without_a_place_counts_as_none(ring: Ring) -> None:
 
 def test_a_reader_beside_a_fast_writer_counts_every_request_once(ring: Ring) -> None:
     total = 30_000
-    observe = ring.writer.observer(service=0, engine=0, first=0, outcome=Outcome.OK, label_width=0, view_width=0)
-    thread = threading.Thread(target=lambda: [observe(1, 5_000, 0.0, b"") for _ in range(total)])
+    observe = ring.observer(service=0)
+    thread = threading.Thread(target=lambda: [observe(1) for _ in range(total)])
     thread.start()
     counted = 0
     while thread.is_alive():

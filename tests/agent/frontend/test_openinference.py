@@ -82,7 +82,7 @@ def test_an_input_that_does_not_fit_is_told_before_its_data_are_looked_at(
 def test_an_overload_says_whose_it_is_and_when_to_come_back(
     handler: OpenInference, monkeypatch: pytest.MonkeyPatch, error: ServingError, status: int, retry_after: str | None
 ) -> None:
-    monkeypatch.setattr(handler._serving, "submit", lambda _request, done: done(error))
+    monkeypatch.setattr(handler._serving, "submit", lambda _request, done, _ended: done(error))
     given = {"name": "window", "datatype": "FP32", "shape": [1, 16, 3], "data": [0.0] * 48}
     [response] = answers(handler, "/v2/models/wrist/infer", json.dumps({"inputs": [given]}).encode())
     assert (response.status, response.headers.get("Retry-After")) == (status, retry_after)
