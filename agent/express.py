@@ -29,6 +29,15 @@ MAX_LOOKED_AT = 16_384  # numbers that one dot product looks at in 3 us; above i
 _EXACT: Final = ("FP32", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64")
 
 
+def expect_any_number() -> None:
+    """Let numpy say nothing of NaN, infinity and overflow, in this context and those copied from it.
+
+    For the beginning of a process: the look at all numbers of a run would else warn when it finds what it is for, and
+    asking for silence each time costs as much as the look itself.
+    """
+    np.seterr(invalid="ignore", over="ignore")
+
+
 class Left(Enum):
     """Why a request was not answered here; nothing has happened to it yet."""
 

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,17 +39,6 @@ CELL = BUCKETS + 2
 
 
 @dataclass(frozen=True, slots=True)
-class Requests:
-    """What is counted, one element per request. `more_rows`: rows beyond the first."""
-
-    service: NDArray[Any]
-    engine: NDArray[Any]
-    outcome: NDArray[Any]
-    elapsed_ns: NDArray[Any]
-    more_rows: NDArray[Any]
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """Which services and engines have a place. `engines`: the most that one service has."""
 
@@ -66,22 +54,22 @@ class Layout:
     def size_bytes(self) -> int:
         return 8 * math.prod(self.shape)
 
-    def add(self, numbers: NDArray[np.int64], requests: Requests) -> None:
-        """Count requests into `numbers`, an array of `shape`. Those of a service without a place are left out; an
+    def add(
+        self, numbers: NDArray[np.int64], kind: tuple[int, int, int], elapsed_ns: NDArray[np.uint64], more_rows: int
+    ) -> None:
+        """Count requests of one kind (service, engine, outcome) into `numbers`, an array of `shape`.
+
+        `more_rows`: beyond the first of each, of all together. Requests to a service without a place are left out; an
         engine without one counts as none.
         """
-        placed = requests.service < self.services
-        elapsed_ns = requests.elapsed_ns[placed].astype(np.int64)
-        engine = np.minimum(requests.engine[placed].astype(np.intp), self.engines)
-        outcome = np.minimum(requests.outcome[placed], len(Outcome) - 1)
-        cell = requests.service[placed].astype(np.intp) * (self.engines + 1) + engine
-        cell = (cell * len(Outcome) + outcome) * CELL
-        latency_us = np.maximum(elapsed_ns / 1e3, LOWEST_US)
-        buckets = np.minimum(np.ceil(np.log(latency_us) * BUCKETS_PER_E).astype(np.intp), BUCKETS - 1)
-        flat = numbers.reshape(-1)
-        np.add.at(flat, cell + buckets, 1)
-        np.add.at(flat, cell + TOTAL_NS, elapsed_ns)
-        np.add.at(flat, cell + MORE_ROWS, requests.more_rows[placed].astype(np.int64))
+        service, engine, outcome = kind
+        if service >= self.services:
+            return
+        cell = numbers[service, min(engine, self.engines), min(outcome, len(Outcome) - 1)]
+        buckets = np.ceil(np.log(np.maximum(elapsed_ns * 1e-3, LOWEST_US)) * BUCKETS_PER_E).astype(np.intp)
+        cell[:BUCKETS] += np.bincount(np.minimum(buckets, BUCKETS - 1), minlength=BUCKETS)
+        cell[TOTAL_NS] += int(elapsed_ns.sum())
+        cell[MORE_ROWS] += more_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ from agent.contract.plan import (
     Start,
     WorkerPlan,
 )
+from agent.express import expect_any_number
 from agent.frontend.openinference import OpenInference, body_limit
 from agent.frontend.server import Leaving, Server
 from agent.handover import MAX_PAYLOAD_BYTES, Connection, Connections, Giver, Heir, Stream, Taker
@@ -344,6 +345,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the agent process ends us
     _allow_descriptors()
+    expect_any_number()
     factory = None
     with contextlib.suppress(ImportError):
         import uvloop

@@ -393,6 +393,7 @@ class Connection(asyncio.Protocol):
         if left is None and plan.serve is not None:
             return
         if isinstance(left, Left):
+            self._plan = None  # if it is stale, there is a new one when this is answered
             self._parse(data)
         else:
             self._skip_parser(plan, data, left)

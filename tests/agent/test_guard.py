@@ -301,3 +301,49 @@ def test_the_cheap_test_never_passes_what_the_exact_one_would_find(
     if judge._is_clean(x, series):
         with np.errstate(all="ignore"):
             assert not any(flags.any() for flags in judge._judge(series))
+
+
+# --- memory that is watched ----------------------------------------------------------------------------------
+def watched(x: np.ndarray, **changes: object) -> tuple[bool, bool]:
+    """What `watch` says of a window, and whether `check` finds nothing in it."""
+    one, memory = guard(**changes), np.zeros_like(x)
+    clean = one.watch(memory)
+    memory[:] = x
+    with np.errstate(invalid="ignore", over="ignore"):
+        said = clean()
+    verdict = one.check(x)
+    return said, verdict.bits is None and not verdict.refusal
+
+
+WATCHED_RMS = {"accel": (0.5, 0.9), "gyro": (0.4, 1.2)}
+
+
+def test_a_watched_sound_window_is_said_to_be_clean() -> None:
+    for changes in ({}, {"group_rms": WATCHED_RMS}, {"not_finite": GuardPolicy.IMPUTE}):
+        assert watched(sound(), **changes) == (True, True)
+    assert watched(sound(rows=3)) == (True, True)
+    assert watched(sound()[:, :4]) == (True, True)  # too short for its movement to be judged
+    assert watched(sound().astype(np.float64)) == (True, True)
+
+
+def test_nothing_a_guard_finds_is_said_to_be_clean() -> None:
+    rng = np.random.default_rng(4)
+    found = 0
+    for _ in range(600):
+        x = sound() * rng.choice([1.0, 1e-4, 1.7, 2.6, 7.9, 8.1, 1e30])
+        channel, at = rng.integers(6), rng.integers(128)
+        match rng.integers(6):
+            case 0:
+                x[0, at, channel] = rng.choice([np.nan, np.inf, -np.inf, 8.0, 8.001, -20.0, 1e38])
+            case 1:
+                x[0, :, channel] = rng.choice([0.0, 0.5, 1e-3])
+            case 2:
+                x[0, : rng.integers(100, 128), channel] = 0.25
+            case 3:
+                x[0, :, 3:] *= rng.choice([0.3, 3.0, 100.0])
+            case 4:
+                x[0, :, channel] = 0.5 + rng.choice([1e-4, 5e-4, 1e-3, 2e-3]) * rng.normal(size=128)
+        said, clean = watched(x.astype(np.float32), group_rms=WATCHED_RMS, dead_sd=1e-3)
+        assert clean or not said
+        found += not clean
+    assert 100 < found < 600
