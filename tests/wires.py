@@ -51,9 +51,7 @@ class Wire:
 class Side:
     """One serving with its ring; `cached`: whether requests seen twice skip the parser."""
 
-    def __init__(
-        self, plan: ServicePlan, *, cached: bool, inline_us: float = 1e9, stuck_after_s: float = 5.0
-    ) -> None:
+    def __init__(self, plan: ServicePlan, *, cached: bool, inline_us: float = 1e9) -> None:
         self._descriptor = create_ring()
         self._writer, self.ring = RingWriter(self._descriptor), RingReader(self._descriptor)
         self.service = Service(0, plan, load_lineup(plan)[0])

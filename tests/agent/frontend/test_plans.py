@@ -44,9 +44,9 @@ def ask(connection: Connection, wire: Wire, data: bytes) -> bytes:
     return wire.sent
 
 
-def express_served(side: Side, connection: Connection, wire: Wire, x: np.ndarray) -> bool:
-    """Whether the connection's plan answers this by itself."""
-    plan = connection._plan
+def express_served(side: Side, wire: Wire, x: np.ndarray) -> bool:
+    """Whether the plan for this message answers it by itself."""
+    plan = side.server.plans.find(message(x))
     assert plan is not None
     assert plan.serve is not None
     return plan.serve(message(x), time.monotonic_ns(), wire.write) is None
@@ -57,7 +57,7 @@ def test_a_request_that_came_twice_needs_no_parser_any_more(side: Side) -> None:
     answers = [ask(connection, wire, message(window(seed=seed))) for seed in (1, 2, 3, 1)]
     assert len(side.server.plans) == 1
     assert answers[3] == answers[0] != answers[1]
-    assert express_served(side, connection, wire, window())
+    assert express_served(side, wire, window())
     assert [record["outcome"] for record in side.records()] == ["0"] * 5
     assert side.serving.statistics()["requests"] == 5
     assert side.serving.statistics()["rows"] == 5
@@ -84,7 +84,7 @@ def test_another_preferred_engine_answers_the_very_next_request(side: Side) -> N
         assert b'"ew_served_by":"wrist-accel"' in answer
         assert b'"ew_reason":"switched: drift"' in answer
     assert [record["engine"] for record in side.records()] == ["0"] * 3 + ["1"] * 3
-    assert express_served(side, connection, wire, window())  # it was made anew
+    assert express_served(side, wire, window())  # it was made anew
     assert len(side.server.plans) == 1
 
 
@@ -130,7 +130,7 @@ def test_an_end_order_that_comes_too_late_does_not_count_against_the_run_it_meet
     side.serving._watch.options.terminate = True  # as the watchdog does, one run too late
     assert b'"ew_reason":"active"' in ask(connection, wire, message(window()))
     assert side.serving.take_troubles() == []
-    assert express_served(side, connection, wire, window())
+    assert express_served(side, wire, window())
 
 
 def test_a_model_with_a_thread_of_its_own_skips_the_parser_too(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_guard_finding_is_told_as_ever(side: Side) -> None:
     dead = window()
     dead[:, :, 2] = 0
     assert b'"ew_guard":"dead:gx"' in ask(connection, wire, message(dead))
-    plan = connection._plan
+    plan = side.server.plans.find(message(dead))
     assert plan is not None
     assert plan.serve is not None
     assert plan.serve(message(dead), 0, wire.write) is Left.ODD
