@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -50,18 +50,45 @@ Serve = Callable[[bytes, int, Write], Left | Ended | None]
 """Answer one request: (the whole message, arrival_ns, where the response goes); None = it is answered."""
 
 
+class Wire(Protocol):
+    """What messages of one kind look like, and their responses."""
+
+    def reader(self, lane: Lane) -> Callable[[bytes], object] | None:
+        """What writes a message's numbers into the lane; it returns something true when the message is another one.
+
+        None: they do not fit it.
+        """
+        ...
+
+    def writer(self, lane: Lane) -> Callable[[], bytes] | None:
+        """What makes the response of the lane's outputs; None: they have no such form."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class Wire:
-    """Where in a message the numbers are, and what its response begins with.
+class BinaryWire:
+    """Numbers as they lie in memory.
 
     `inputs`: in the order of their bytes, which begin at `start` and end with the message; `outputs`: in the order of
-    the response.
+    the response, which begins with `head`.
     """
 
     start: int
     inputs: Sequence[str]
     outputs: Sequence[str]
     head: bytes
+
+    def reader(self, lane: Lane) -> Callable[[bytes], object] | None:
+        """See `Wire`."""
+        return _copier(lane, self)
+
+    def writer(self, lane: Lane) -> Callable[[], bytes] | None:
+        """See `Wire`."""
+        piece, head = lane.piece(self.outputs), self.head
+        if piece is None:
+            return None
+        given = piece.tobytes
+        return lambda: head + given()
 
 
 class Express:
@@ -111,9 +138,8 @@ class Express:
         32-64-10 with its parsing, 0.65 of a bare session.run (`scripts/bench_request.py`).
         """
         lane, service, lineup = self._lane, self._service, self._lineup
-        copy_in = _copier(lane, wire)
-        given = lane.piece(wire.outputs)
-        if copy_in is None or given is None:
+        read, respond = wire.reader(lane), wire.writer(lane)
+        if read is None or respond is None:
             return None
         native, bound, failures, options = lane.native, lane.bound, lane.failures, watch.options
         looked_at, zeros = self._looked_at()
@@ -123,12 +149,13 @@ class Express:
         deadline_ns = service.deadline_ns(request) - request.arrival_ns
         allowed_ns, late = run_limit(behind, deadline_ns, rows=1, stuck_ns=stuck_ns)
         record = self._recorder(request, ring)
-        head, read, now_ns = wire.head, given.tobytes, clock.monotonic_ns
+        now_ns = clock.monotonic_ns
 
         def serve(data: bytes, arrival_ns: int, write: Write) -> Left | Ended | None:
             if service.lineup is not lineup:
                 return Left.STALE
-            copy_in(data)
+            if read(data):
+                return Left.ODD
             if clean is not None and not clean():
                 return Left.ODD
             watch.begin(arrival_ns, arrival_ns + allowed_ns)
@@ -143,7 +170,7 @@ class Express:
             watch.started_ns = 0
             if dot(zeros) != 0.0:
                 return Left.ODD
-            write(head + read())
+            write(respond())
             record(arrival_ns)
             service.last_ns = arrival_ns
             return None
@@ -195,7 +222,7 @@ class Express:
         return record
 
 
-def _copier(lane: Lane, wire: Wire) -> Callable[[bytes], None] | None:
+def _copier(lane: Lane, wire: BinaryWire) -> Callable[[bytes], None] | None:
     """What copies a message's numbers into the lane; None when their sizes are others."""
     start, whole = wire.start, lane.piece(wire.inputs, of_inputs=True)
     if whole is not None:

@@ -23,10 +23,10 @@ from agent.tally import Tally
 
 Records = NDArray[Any]
 READ_AT_ONCE = 1024  # about 10 ms of reading: the event loop has other things to do as well
-RECORDS_PER_S = 4000.0
-"""What is read at most, over time: as many as the monitors follow one by one (`monitor.DRIFT_ROWS_PER_S`), 4 % of a
-core for reading them. A worker can write fifteen times as many."""
-SAVED_RECORDS = 8192  # after a pause: two seconds' worth
+RECORDS_PER_S = 1000.0
+"""What is read at most, over time: as many as the monitors follow one by one (`monitor.DRIFT_ROWS_PER_S`). A worker
+can write fifty times as many."""
+SAVED_RECORDS = 8192  # after a pause: eight seconds' worth
 
 
 @dataclass(slots=True)

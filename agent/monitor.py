@@ -52,12 +52,12 @@ Records = NDArray[Any]
 PERSISTED_ROWS: Final = 64
 """A drift that lasts so long is said once more, with who is to blame: what a host may plan from (drift-wrist.md
 section 4: what is open for 64 windows without harm is a lasting change, not a passing one)."""
-DRIFT_ROWS_PER_S: Final = 4000.0
-"""Rows the regime monitor follows at most, about a fifth of a core (45 us a row, drift-wrist.md section 6). Above it
+DRIFT_ROWS_PER_S: Final = 1000.0
+"""Rows the regime monitor follows at most, a twentieth of a core (45 us a row, drift-wrist.md section 6). Above it
 every k-th row is followed and the others are counted as thinned; drift windows still see every row."""
-DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: two seconds' worth
-GUARD_ROWS_PER_S: Final = 4000.0
-"""Rows with changing guard bits that are followed at most, a tenth of a core (20 us a row). Above it the older ones
+DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: eight seconds' worth
+GUARD_ROWS_PER_S: Final = 1000.0
+"""Rows with changing guard bits that are followed at most, 2 % of a core (20 us a row). Above it the older ones
 of a batch are skipped, counted: thinning would make a run of what is none. Rows that repeat the last ones cost
 nothing and are never skipped."""
 GUARD_ROWS_AT_ONCE: Final = 8192

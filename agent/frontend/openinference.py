@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,8 +21,8 @@ from agent.contract.errors import (
     ServingError,
 )
 from agent.contract.plan import TensorPlan
-from agent.contract.tensors import DATATYPES, Array, Buffer, Tensor, read_tensors
-from agent.express import Express, Wire
+from agent.contract.tensors import DATATYPES, HEADER_LENGTH, Array, Buffer, Tensor, read_tensors
+from agent.express import BinaryWire, Express, Wire
 from agent.frontend.documents import (
     InferDocument,
     answer_response,
@@ -38,6 +38,7 @@ from agent.frontend.documents import (
 from agent.frontend.plans import Plan
 from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, encode_response, error_response
 from agent.frontend.streams import StreamRoute
+from agent.frontend.texts import TextWire
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
 
 EXTENSIONS = ["binary_tensor_data", "model_configuration", "model_repository", "statistics"]
@@ -153,18 +154,22 @@ class OpenInference:
         length, document = read_document(http)
         asked = _Asked(model, version, service, document, binary_names(document))
         request = asked.request(memoryview(http.body)[length:], http.arrival_ns, http.client)
+        is_text = HEADER_LENGTH.lower() not in http.headers
         expected = True
 
         def wire(express: Express) -> Wire | None:
             nonlocal expected
             answer = express.answer(request.outputs)
+            if is_text:
+                names = [tensor.name for tensor in answer.outputs]
+                return TextWire.learn(prefix + http.body, len(prefix), names, response)
             if not all(asked.binary(tensor.name) for tensor in answer.outputs):
                 return None
             encoded = encode_response(answer_response(model, document.id, answer, asked.binary))
             head = encoded[: len(encoded) - sum(tensor.array.nbytes for tensor in answer.outputs)]
             expected = len(encoded) == len(response) and response.startswith(head)
             names = [tensor.name for tensor in answer.outputs]
-            return Wire(len(prefix), tuple(request.inputs), names, head) if expected else None
+            return BinaryWire(len(prefix), tuple(request.inputs), names, head) if expected else None
 
         serve = self._serving.express(request, wire)
         lineup = service.lineup
@@ -175,11 +180,27 @@ class OpenInference:
             except ServingError as error:
                 reply(failure(error))
 
+        def submit_text(body: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply) -> None:
+            again = replace(http, body=bytes(body), arrival_ns=arrival_ns, client=client)
+            try:
+                document = read_document(again)[1]
+                asked = _Asked(model, version, service, document, binary_names(document))
+                self._submit(asked, memoryview(b""), arrival_ns, client, ended, reply)
+            except ServingError as error:
+                reply(failure(error))
+
         body_bytes = len(http.body)
-        size_bytes = len(prefix) + body_bytes - length
+        size_bytes = len(prefix) + body_bytes - (0 if is_text else length)
         if not expected:
             return None
-        return Plan(prefix, size_bytes, body_bytes, serve, submit, lambda: service.lineup is not lineup)
+        return Plan(
+            prefix,
+            size_bytes,
+            body_bytes,
+            serve,
+            submit_text if is_text else submit,
+            lambda: service.lineup is not lineup,
+        )
 
     def _ready(self) -> dict[str, bool]:
         for service in self._serving.services.values():

@@ -533,13 +533,17 @@ class Connection(asyncio.Protocol):
 
     def _lesson(self, request: HttpRequest) -> tuple[HttpRequest, bytes] | None:
         """For a request whose whole message, and nothing else, came in one piece, for the second time in a row."""
-        given = request.headers.get(HEADER_LENGTH.lower())
-        if given is None or request.method != "POST" or "expect" in request.headers:
+        if request.method != "POST" or "expect" in request.headers or not request.body:
             return None
-        chunk, binary_bytes = self._chunk, len(request.body) - _json_bytes(request.headers, len(request.body))
-        whole = chunk.find(b"\r\n\r\n") + 4 + len(request.body) == len(chunk)
-        prefix = chunk[: len(chunk) - binary_bytes] if whole and binary_bytes else b""
-        if not prefix or len(prefix) > MAX_PREFIX_BYTES:
+        chunk, head_bytes = self._chunk, self._chunk.find(b"\r\n\r\n") + 4
+        if head_bytes + len(request.body) != len(chunk):
+            return None
+        is_text = (
+            HEADER_LENGTH.lower() not in request.headers
+        )  # a document whose numbers are in it: its head is the key
+        json_bytes = 0 if is_text else _json_bytes(request.headers, len(request.body))
+        prefix = chunk[: head_bytes + json_bytes]
+        if len(prefix) > MAX_PREFIX_BYTES or len(prefix) == len(chunk):
             return None
         again, self._last_prefix = prefix == self._last_prefix, prefix
         return (request, prefix) if again else None
