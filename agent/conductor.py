@@ -42,9 +42,9 @@ from agent.equipment import drift_left_behind, inheritance, succeed
 from agent.generation import Patience, Phase
 from agent.generations import Generations
 from agent.intake import Records
+from agent.memory import available_bytes
 from agent.parts import MONITOR, SUPERVISOR, Parts
 from agent.reporter import Reporter, add_up
-from agent.sensors.memory import available_bytes
 from agent.steering import Pilot, Steering
 from agent.updater import Told
 

@@ -19,6 +19,7 @@ from agent.blueprint import draw_up
 from agent.clock import iso, wall_s
 from agent.config import AgentConfig, ServiceSection, load_config
 from agent.contract.errors import ArtifactError, EdgewardenError, StateLocked, StorageError
+from agent.memory import available_bytes
 from agent.parts import make_broker
 from agent.sensors.power import find_meters
 from agent.sensors.thermal import Thermal
@@ -100,7 +101,7 @@ def _artifacts_of(config: AgentConfig, section: ServiceSection) -> Iterator[Find
 
 def _runtime(config: AgentConfig) -> Iterator[Finding]:
     """What engines will be run on, beside what is asked for."""
-    from agent.engine import CPU, available_bytes, full_name, runtime_version, usable_providers
+    from agent.engine import CPU, full_name, runtime_version, usable_providers
 
     here = usable_providers()
     text = f"onnxruntime {runtime_version()} on {', '.join(here)}"

@@ -4,8 +4,9 @@
     <model sha256>-<key>.onnx   the optimised graph; absent when the runtime could not write one
 
 The key covers everything the result depends on: the model's bytes, the runtime's version, the CPU's features, the
-providers, the thread settings. An entry that is damaged, half written, or made elsewhere is not there: it is removed,
-and made again by whoever needs it. Knows nothing of the runtime, so the agent process may prune.
+providers, the thread settings, the cores that threads were measured on. An entry that is damaged, half written, or
+made elsewhere is not there: it is removed, and made again by whoever needs it. Knows nothing of the runtime, so the
+agent process may prune.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ MAX_ENTRIES = 64
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a result depends on. `cpu`: the features of this CPU; `threads`: as configured, 0 = measured."""
+    """What a result depends on. `cpu`: the features of this CPU; `threads`: as configured, 0 = measured.
+
+    `cores`: how many there were to measure on, 0 where nothing is measured.
+    """
 
     model_sha256: str
     runtime: str
@@ -36,6 +40,7 @@ class Key:
     providers: tuple[str, ...]
     threads: int
     spin: bool
+    cores: int = 0
 
     @property
     def name(self) -> str:
@@ -131,7 +136,7 @@ class ModelCache:
                 return None
             threads, p50_us, p95_us = document["threads"], document["p50_us"], document["p95_us"]
             return Entry(int(threads), float(p50_us), float(p95_us), graph)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError):
             return None
 
     def _files(self) -> list[Path]:

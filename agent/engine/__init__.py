@@ -8,7 +8,7 @@ from agent.engine.engine import Engine, leading_rows
 from agent.engine.floor import FloorEngine
 from agent.engine.golden import MAX_GOLDEN_BYTES, Golden, GoldenResult, check_golden, load_golden
 from agent.engine.lane import Lane
-from agent.engine.memory import SIGNS, available_bytes, bounded
+from agent.engine.memory import SIGNS, bounded
 from agent.engine.onnx import OnnxEngine
 from agent.engine.prepare import prepare
 from agent.engine.runtime import CPU, RunControl, full_name, runtime_version, usable_providers
@@ -24,7 +24,6 @@ __all__ = [
     "Lane",
     "OnnxEngine",
     "RunControl",
-    "available_bytes",
     "bounded",
     "check_golden",
     "full_name",

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.contract.errors import EdgewardenError, TooLarge
+from agent.memory import available_bytes
 
 SLACK_BYTES = 16 * 1024 * 1024  # stacks of threads, and what the interpreter itself takes meanwhile
 SIGNS = ("bad_alloc", "Failed to allocate memory", "Cannot allocate memory", "MemoryError", "out of memory")
 _STATUS = Path("/proc/self/status")
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(slots=True)
@@ -28,21 +28,6 @@ class Meter:
     """`peak_bytes`: resident memory at its highest, beyond what was resident before; set at the end."""
 
     peak_bytes: int = 0
-
-
-def available_bytes() -> int | None:
-    """What this process may still take: of the device, and of its control group if that is less; None = unknown."""
-    found = _number(Path("/proc/meminfo"), "MemAvailable")
-    rooms = [] if found is None else [found]
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        inside = Path("/proc/self/cgroup").read_text().rpartition("0::")[2].strip()
-        for group in (_CGROUP / inside.lstrip("/"), *(_CGROUP / inside.lstrip("/")).parents):
-            with contextlib.suppress(OSError, ValueError):  # ValueError: "max"
-                most = int((group / "memory.max").read_text())
-                rooms.append(max(0, most - int((group / "memory.current").read_text())))
-            if group == _CGROUP:
-                break
-    return min(rooms, default=None)
 
 
 @contextlib.contextmanager

@@ -117,10 +117,9 @@ class OnnxEngine:
         """See `Engine.run`. Feeds must have the model's datatypes; shapes are checked by the runtime."""
         options = None if control is None else control.options
         try:
-            if self._lane is not None and self._lane.fits(feeds):
-                answer = self._lane.run(feeds, options)
-                if answer is not None:
-                    return {name: answer[name] for name in wanted} if wanted else answer
+            answer = self._in_lane(feeds, control)
+            if answer is not None:
+                return {name: answer[name] for name in wanted} if wanted else answer
             if self._texts:
                 feeds = {name: _texts(array) if name in self._texts else array for name, array in feeds.items()}
             names = list(wanted or self._all)
@@ -128,6 +127,18 @@ class OnnxEngine:
         except FOREIGN as error:
             what = "was ended" if control is not None and control.stopped else "failed"
             raise EngineFailed(f"a run of engine '{self._name}' {what}: {short(error)}") from None
+
+    def _in_lane(self, feeds: Mapping[str, Array], control: RunControl | None) -> dict[str, Array] | None:
+        """None: to be run without it. Raises: any of FOREIGN."""
+        lane = self._lane
+        if lane is None or not lane.fits(feeds):
+            return None
+        try:
+            return lane.run(feeds, None if control is None else control.options)
+        except FOREIGN:
+            if control is not None and control.stopped:
+                raise
+            return None  # perhaps as many rows as there is something to say: they do not fit the memory bound
 
     def _measure(self, feeds: Mapping[str, Array], control: RunControl) -> list[float]:
         fewest, most = WARM_RUNS

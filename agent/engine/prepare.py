@@ -43,7 +43,8 @@ def prepare(
     if not runtime.cache_folder or not sha256 or offloaded:  # a graph compiled for another device cannot be kept
         return _first(path, name, runtime, opening, check, limit_s, write_to=None)
     cache = ModelCache(Path(runtime.cache_folder))
-    key = Key(sha256, runtime_version(), cpu_features(), wanted, runtime.threads, runtime.spin)
+    cores = 0 if runtime.threads else physical_cores()
+    key = Key(sha256, runtime_version(), cpu_features(), wanted, runtime.threads, runtime.spin, cores)
     known = cache.find(key)
     engine = _again(path, name, known, opening, check, limit_s) if known else None
     if engine is not None:

@@ -19,7 +19,7 @@ from typing import Final
 
 import psutil
 
-from agent.sensors.files import read_text
+from agent.sysfs import read_text
 
 ML_FLAGS: Final = (
     "sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8",

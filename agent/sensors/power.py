@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from agent.sensors.files import folders, read_number, read_text
+from agent.sysfs import folders, read_number, read_text
 
 MICRO: Final = 1e-6
 MILLI: Final = 1e-3

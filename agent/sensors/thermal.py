@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from agent.sensors.files import folders, read_number, read_text
+from agent.sysfs import folders, read_number, read_text
 
 MILLI: Final = 1e-3
 PLAUSIBLE_C: Final = (-60.0, 200.0)  # a driver without data gives 0 K, -274 or 255 degrees

@@ -80,6 +80,19 @@ def test_inputs_of_any_memory_layout_are_read_rightly(tmp_path: Path) -> None:
     np.testing.assert_allclose(engine.run({"window": x})["probability"], expected_probability(x), atol=1e-6)
 
 
+@pytest.mark.parametrize("warm", [0.0, 1.0])
+def test_as_many_output_rows_as_there_is_something_to_say(tmp_path: Path, warm: float) -> None:
+    nodes = [helper.make_node("NonZero", ["x"], ["found"]), helper.make_node("Transpose", ["found"], ["y"])]
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["rows", 4])]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.INT64, ["many", 2])]
+    save(model(nodes, inputs, outputs, []), tmp_path / "model.onnx")
+    engine = OnnxEngine.load(tmp_path / "model.onnx")
+    engine.warm({"x": np.full((1, 4), warm, np.float32)})
+    for x in ([0, 0, 0, 0], [1, 0, 0, 1], [1, 1, 1, 1], [0, 1, 0, 0]):
+        answer = engine.run({"x": np.array([x], np.float32)})["y"]
+        assert answer.tolist() == [[0, at] for at, value in enumerate(x) if value]
+
+
 def test_a_subset_of_outputs_can_be_asked_for(tmp_path: Path) -> None:
     engine = load(tmp_path)
     for rows in (1, 2):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 
@@ -66,7 +67,7 @@ class Device:
         """Keep other bytes than the runtime's under a sound record."""
         place = self.cache.parent / "planted"
         place.write_bytes(graph)
-        key = Key(self.digest, runtime_version(), cpu_features(), (), 0, spin=False)
+        key = Key(self.digest, runtime_version(), cpu_features(), (), 0, spin=False, cores=physical_cores())
         assert ModelCache(self.cache).keep(key, Entry(1, 1.0, 1.0, place)) is not None
 
     @property
@@ -148,6 +149,22 @@ def test_configured_threads_are_not_measured_and_kept_apart(tmp_path: Path) -> N
     assert device.load(threads=2).threads == 2
     assert device.load(threads=2).cached
     assert device.files == [".json", ".json", ".onnx", ".onnx"]
+
+
+def test_threads_measured_with_more_cores_are_not_taken_over_where_there_are_fewer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device(tmp_path, classifier())
+    module = importlib.import_module("agent.engine.prepare")  # the package has a function of this name
+    monkeypatch.setattr(module, "physical_cores", lambda: 4)
+    device.load()
+    assert device.load().cached
+    monkeypatch.setattr(module, "physical_cores", lambda: 1)
+    assert not device.load().cached
+    assert device.load().cached
+    assert not device.load(threads=2).cached
+    monkeypatch.setattr(module, "physical_cores", lambda: 4)
+    assert device.load(threads=2).cached  # nothing of it was measured
 
 
 def test_a_provider_that_is_not_here_is_told_and_the_cpu_serves(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from agent.sensors.files import MAX_BYTES, folders, read_number, read_text
+from agent.sysfs import MAX_BYTES, folders, read_number, read_text
 
 
 def test_numbers_and_lines_are_read_without_their_space(tmp_path: Path) -> None:

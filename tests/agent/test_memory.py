@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.sensors.memory import available_bytes
+from agent.memory import available_bytes
 from tests.agent.sensors.trees import plant
 
 MIB = 1 << 20
