@@ -6,7 +6,9 @@ stop it for tens of milliseconds; what has been given waits in the kernel, conne
 even if the successor dies first; and no descriptor has to be sent over the channel.
 
 A message is a msgpack pair (kind, fields) and its descriptors. Payloads over INLINE_BYTES travel in a memory file,
-the last descriptor. The taker believes nothing: what makes no sense is counted, and its descriptors are closed.
+the last descriptor, and streams several together. So what one worker may have fits into the socket while nobody
+takes: where memory is short, the successor begins only when the giver is gone. The taker believes nothing: what makes
+no sense is counted, and its descriptors are closed.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import errno
 import os
 import socket
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +27,11 @@ import msgspec
 
 from agent.contract.errors import MalformedMessage
 
-BATCH = 64  # connections of one message; the kernel takes 253
-INLINE_BYTES = 32 * 1024
+BATCH = 64  # connections or streams of one message; the kernel takes 253 descriptors
+BUNDLE_BYTES = 1024 * 1024  # of states in one message, unless a single one is larger
+INLINE_BYTES = 2 * 1024
 MAX_MESSAGE_BYTES = INLINE_BYTES + 4096
+SOCKET_BYTES = 1024 * 1024  # asked for; the kernel grants 416 KiB where nobody configured more
 MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 MESSAGES_PER_TURN = 8  # what is taken over before the event loop answers requests again
 RETRY_S = 0.005
@@ -58,7 +62,14 @@ class Stream:
     state: bytes
 
 
-Message = Connections | Connection | Stream
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """Several at once, as many as `bundled` puts together."""
+
+    streams: tuple[Stream, ...]
+
+
+Message = Connections | Connection | Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +82,7 @@ class _File:
 _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
-    kind.__name__: msgspec.msgpack.Decoder(kind) for kind in (Connections, Connection, Stream, _File)
+    kind.__name__: msgspec.msgpack.Decoder(kind) for kind in (Connections, Connection, Streams, _File)
 }
 
 
@@ -88,7 +99,7 @@ class Pair:
         giving, taking = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (giving, taking):
             end.settimeout(0.0)  # of the connection, not of the process: all that inherit an end find it so
-        giving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * MAX_MESSAGE_BYTES)
+        giving.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
         return cls(giving, taking)
 
     def close(self) -> None:
@@ -122,9 +133,10 @@ class Giver:
                 await self._send(_encode(_File(len(payload))), [*descriptors, file])
             finally:
                 os.close(file)
-        self.given["streams" if isinstance(message, Stream) else "connections"] += (
-            message.count if isinstance(message, Connections) else 1
-        )
+        if isinstance(message, Streams):
+            self.given["streams"] += len(message.streams)
+        else:
+            self.given["connections"] += message.count if isinstance(message, Connections) else 1
 
     def close(self) -> None:
         self._socket.close()
@@ -202,9 +214,10 @@ class Taker:
             for descriptor in descriptors:
                 os.close(descriptor)
             return
-        if isinstance(message, Stream):
-            self.taken["streams"] += 1
-            self.heir.stream(message.service, message.stream, message.state)
+        if isinstance(message, Streams):
+            self.taken["streams"] += len(message.streams)
+            for one in message.streams:
+                self.heir.stream(one.service, one.stream, one.state)
             return
         count = message.count if isinstance(message, Connections) else 1
         self.taken["lost"] += count - len(descriptors)
@@ -224,6 +237,20 @@ class Taker:
 
 
 # --- messages ----------------------------------------------------------------------------------------------
+def bundled(streams: Iterable[Stream]) -> Iterator[Streams]:
+    """All of them in few messages, none of which keeps a taker busy for long. Lazy: one bundle is drawn at a time."""
+    bundle: list[Stream] = []
+    size = 0
+    for one in streams:
+        if bundle and (len(bundle) == BATCH or size + len(one.state) > BUNDLE_BYTES):
+            yield Streams(tuple(bundle))
+            bundle, size = [], 0
+        bundle.append(one)
+        size += len(one.state)
+    if bundle:
+        yield Streams(tuple(bundle))
+
+
 def _encode(message: Message | _File) -> bytes:
     return _encoder.encode((type(message).__name__, message))
 
@@ -265,7 +292,7 @@ def _open_message(payload: bytes, descriptors: list[int]) -> Message:
 
 def _check(message: Message, descriptors: Sequence[int], *, truncated: bool) -> None:
     """Raises: MalformedMessage: not the descriptors that this message must bring."""
-    wanted = 0 if isinstance(message, Stream) else message.count if isinstance(message, Connections) else 1
+    wanted = 0 if isinstance(message, Streams) else message.count if isinstance(message, Connections) else 1
     if not 0 <= wanted <= BATCH or (isinstance(message, Connections) and wanted == 0):
         raise MalformedMessage(f"a hand-over message of {wanted} connections")
     if len(descriptors) != wanted and not (truncated and len(descriptors) < wanted):

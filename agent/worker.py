@@ -23,7 +23,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, assert_never
 
 from agent import clock
@@ -48,13 +48,14 @@ from agent.contract.plan import (
 from agent.express import expect_any_number
 from agent.frontend.openinference import OpenInference, body_limit
 from agent.frontend.server import Leaving, Server
-from agent.handover import MAX_PAYLOAD_BYTES, Connection, Connections, Giver, Heir, Stream, Taker
+from agent.handover import MAX_PAYLOAD_BYTES, Connection, Connections, Giver, Heir, Stream, Taker, bundled
 from agent.lineup import load_lineup
 from agent.observation import RingWriter
 from agent.serving import Service, Serving
 
 TROUBLE_INTERVAL_S = 0.25
 DRAIN_LIMIT_S = 30.0
+LAST_STREAMS_S = 1.0  # for streams nobody is connected to, where nobody takes them
 DESCRIPTORS = 4096
 MAX_STATE_BYTES = MAX_PAYLOAD_BYTES - 4096
 EXIT_INTERNAL = 1
@@ -205,13 +206,25 @@ class Worker:
         if self._api is None:
             return
         streams = self._api.streams
-        for service, name in tuple(streams.movable()):
-            state = streams.surrender(service, name)
-            try:
-                await giver.give(Stream(service, name, state if len(state) < MAX_STATE_BYTES else b""))
-            except OSError:
-                streams.lose(service, name)
-                raise
+
+        surrendered: dict[tuple[str, str], None] = {}  # and not given yet
+
+        def leaving() -> Iterator[Stream]:
+            for place in tuple(streams.movable()):
+                with contextlib.suppress(KeyError):  # it is being fed again, or ended, since a bundle had to wait
+                    state = streams.surrender(*place)
+                    surrendered[place] = None
+                    yield Stream(*place, state if len(state) < MAX_STATE_BYTES else b"")
+
+        try:
+            for bundle in bundled(leaving()):
+                await giver.give(bundle)
+                for one in bundle.streams:
+                    del surrendered[one.service, one.stream]
+        except (OSError, asyncio.CancelledError):
+            for place in surrendered:
+                streams.lose(*place)
+            raise
 
     # --- the end --------------------------------------------------------------------------------------------
     def _prefer(self, frame: Prefer) -> None:
@@ -232,8 +245,9 @@ class Worker:
         elif order.hand_over:
             await self._server.hand_over(self._give, order.limit_s)
             if self._giver is not None:
-                with contextlib.suppress(OSError):
-                    await self._give_streams(self._giver)  # of clients that are not connected now
+                with contextlib.suppress(OSError, TimeoutError):
+                    async with asyncio.timeout(LAST_STREAMS_S):  # of clients that are not connected now
+                        await self._give_streams(self._giver)
         else:
             await self._server.drain(order.limit_s)
         self._flush_troubles()

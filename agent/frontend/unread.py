@@ -45,9 +45,9 @@ class Unread:
         if not reading:
             self.clear()
             return
-        offset = _end_of_request(b"".join(self._kept) + data, ended[0]) - self._total
+        offset = _end_of_request(b"".join(self._kept) + data, 0, ended[0]) - self._total
         for size in ended[1:]:
-            offset += _end_of_request(data[offset:], size)
+            offset = _end_of_request(data, offset, size)
         self.clear()
         self._keep(data[offset:])
 
@@ -64,7 +64,8 @@ class Unread:
             self._kept = [b"".join(self._kept)[:HEAD_ROOM_BYTES]]
 
 
-def _end_of_request(raw: bytes, body_bytes: int) -> int:
-    """Where the first request of `raw` ends; empty lines before it are skipped, as the parser does."""
-    blank = len(raw) - len(raw.lstrip(b"\r\n"))
-    return raw.index(END_OF_HEAD, blank) + len(END_OF_HEAD) + body_bytes
+def _end_of_request(raw: bytes, start: int, body_bytes: int) -> int:
+    """Where the request that follows `start` ends; empty lines before it are skipped, as the parser does."""
+    while raw[start : start + 1] in (b"\r", b"\n"):
+        start += 1
+    return raw.index(END_OF_HEAD, start) + len(END_OF_HEAD) + body_bytes

@@ -22,6 +22,7 @@ from tests.models import CHANNELS, LENGTH, engine_plan, expected_probability, fl
 
 pytestmark = pytest.mark.system
 HOP = 4
+MANY = 1000  # streams
 
 
 class Stage:
@@ -34,7 +35,9 @@ class Stage:
         self.listener.listen(64)
         self.listener.settimeout(0.0)
         self.service: ServicePlan = service_plan(
-            engine_plan(folder / "models", "wrist"), floor_plan(), window=WindowPlan("window", LENGTH, HOP, 10.0)
+            engine_plan(folder / "models", "wrist"),
+            floor_plan(),
+            window=WindowPlan("window", LENGTH, HOP, 10.0, max_streams=MANY),
         )
         self.intake = Intake([("wrist", "wrist-floor")])
         self.frames: list[tuple[int, FromWorker]] = []
@@ -357,6 +360,30 @@ def test_a_stream_goes_on_in_the_next_generation_as_if_nothing_had_happened(
         windows = np.stack([samples[at : at + LENGTH] for at in range(0, 120 - LENGTH + 1, HOP)])
         np.testing.assert_allclose(np.concatenate(rows), expected_probability(windows), atol=1e-5)
         assert stage.generations.statistics()["streams_moved"] == 3
+
+    play(story)
+
+
+def test_many_streams_and_their_connection_move_though_nobody_takes_yet() -> None:
+    async def story(stage: Stage) -> None:
+        stage.fits = False
+        stage.start()
+        await stage.serving(1)
+        samples = np.zeros((5, CHANNELS), np.float32)
+        with Client(f"unix:{stage.path}") as client:
+            streams = [client.stream("wrist", f"s{number}") for number in range(MANY)]
+
+            def send() -> set[object]:
+                return {one.send(samples).parameters.get("ew_stream_reset") for one in streams}
+
+            assert await asyncio.to_thread(send) == {"started"}
+            opened = client._socket
+            stage.start()
+            await stage.replaced_by(2)
+            assert await asyncio.to_thread(send) == {None}
+            assert client._socket is opened
+        await stage.until(lambda: stage.generations.statistics()["streams_moved"] == MANY)
+        assert stage.generations.statistics()["connections_moved"] == 1
 
     play(story)
 

@@ -17,7 +17,19 @@ import pytest
 
 from agent import handover
 from agent.contract.errors import MalformedMessage
-from agent.handover import BATCH, INLINE_BYTES, Connection, Connections, Giver, Heir, Pair, Stream, Taker
+from agent.handover import (
+    BATCH,
+    INLINE_BYTES,
+    Connection,
+    Connections,
+    Giver,
+    Heir,
+    Pair,
+    Stream,
+    Streams,
+    Taker,
+    bundled,
+)
 
 
 class Stage:
@@ -126,7 +138,7 @@ def test_a_state_of_any_size_arrives_as_it_was(size: int) -> None:
     async def story(stage: Stage) -> None:
         stage.take()
         state = os.urandom(size)
-        await stage.giver.give(Stream("wrist", "left", state))
+        await stage.giver.give(Streams((Stream("wrist", "left", state),)))
         await until(lambda: stage.streams)
         assert stage.streams == [("wrist", "left", state)]
 
@@ -156,20 +168,38 @@ def test_what_was_given_waits_for_a_successor_and_outlives_one_that_dies() -> No
 
 def test_a_giver_waits_while_nobody_takes_and_goes_on_afterwards() -> None:
     async def story(stage: Stage) -> None:
-        states = [os.urandom(INLINE_BYTES - 100) for _ in range(100)]
+        states = [os.urandom(INLINE_BYTES - 100) for _ in range(2000)]
 
         async def give() -> None:
             for state in states:
-                await stage.giver.give(Stream("wrist", "left", state))
+                await stage.giver.give(Streams((Stream("wrist", "left", state),)))
 
         giving = asyncio.ensure_future(give())
         await asyncio.sleep(0.05)
         assert not giving.done()
-        assert stage.giver.given["streams"] < 100
+        assert stage.giver.given["streams"] < 2000
         stage.take()
         await giving
-        await until(lambda: len(stage.streams) == 100)
+        await until(lambda: len(stage.streams) == 2000)
         assert [state for _, _, state in stage.streams] == states
+
+    play(story)
+
+
+@pytest.mark.parametrize(("count", "size"), [(4096, 50), (4096, 16 * 1024), (8, 8 * 1024 * 1024)])
+def test_all_that_a_worker_may_have_waits_in_the_kernel_while_nobody_takes(count: int, size: int) -> None:
+    async def story(stage: Stage) -> None:
+        with pairs(1) as ((_, server),):
+            for bundle in bundled(Stream("wrist", f"arm-{number}", bytes(size)) for number in range(count)):
+                await stage.giver.give(bundle)
+            for _ in range(512 // BATCH):
+                await stage.giver.give(Connections(BATCH), [server.fileno()] * BATCH)
+            stage.giver.close()
+            stage.take()
+            await until(lambda: stage.ends)
+            assert [name for _, name, _ in stage.streams] == [f"arm-{number}" for number in range(count)]
+            assert {len(state) for _, _, state in stage.streams} == {size}
+            assert len(stage.connections) == 512
 
     play(story)
 
@@ -190,7 +220,7 @@ def test_without_anybody_left_giving_fails_and_the_connection_is_still_here() ->
 def test_a_state_that_is_too_large_is_not_given() -> None:
     async def story(stage: Stage) -> None:
         with pytest.raises(MalformedMessage, match="is over"):
-            await stage.giver.give(Stream("wrist", "left", bytes(handover.MAX_PAYLOAD_BYTES)))
+            await stage.giver.give(Streams((Stream("wrist", "left", bytes(handover.MAX_PAYLOAD_BYTES)),)))
 
     play(story)
 
@@ -213,7 +243,9 @@ def message(kind: str, **fields: object) -> bytes:
         (message("Connection", unread=b"", since_ns=0), 0),
         (message("Connection", unread="text", since_ns=0), 1),
         (message("Connection", since_ns=0), 1),
-        (message("Stream", service="wrist", stream="left", state=b""), 1),
+        (message("Streams", streams=[{"service": "wrist", "stream": "left", "state": b""}]), 1),
+        (message("Streams", streams=[{"service": "wrist"}]), 0),
+        (message("Stream", service="wrist", stream="left", state=b""), 0),
         (message("_File", size=INLINE_BYTES + 1), 0),
         (message("_File", size=INLINE_BYTES + 1), 1),
         (message("_File", size=1), 1),
@@ -232,7 +264,7 @@ def test_odd_messages_are_refused_their_descriptors_closed_and_the_next_is_taken
             for client, _ in made:  # closed by the taker too: nobody holds the other end any more
                 client.settimeout(30)
                 assert await asyncio.to_thread(client.recv, 1) == b""
-            await stage.giver.give(Stream("wrist", "left", b"good"))
+            await stage.giver.give(Streams((Stream("wrist", "left", b"good"),)))
             await until(lambda: stage.streams)
             assert stage.connections == []
             assert taker.taken == {"connections": 0, "streams": 1, "refused": 1, "lost": 0}
