@@ -162,7 +162,7 @@ class Slots:
         wanted = set(keep) | digests(pointer.current or {}) | digests(pointer.previous or {})
         for slot in self._slots.iterdir():
             if slot.name not in wanted:
-                shutil.rmtree(slot, ignore_errors=True)
+                _remove(slot)
         needed = wanted | {blob for slot in self._slots.iterdir() for blob in _blobs_of(slot)}
         freed = 0
         for blob in self.blobs.iterdir():
@@ -204,6 +204,15 @@ def _is_sound(path: Path, digest: str) -> bool:
         return sha256_file(path) == digest
     except OSError:
         return False
+
+
+def _remove(slot: Path) -> None:
+    """Best effort. What is cut off leaves a hidden folder for the next time: under its own name a slot is whole."""
+    gone = slot if slot.name.startswith(".") else slot.with_name(f".{slot.name}.gone")
+    with contextlib.suppress(OSError):
+        if gone is not slot:
+            slot.rename(gone)
+        shutil.rmtree(gone)
 
 
 def _delete(path: Path) -> int:

@@ -163,6 +163,19 @@ def test_leftovers_of_a_killed_build_are_collected(slots: Slots, digest: str) ->
     assert [path.name for path in slots.path(digest).parent.iterdir()] == []
 
 
+def test_a_collection_that_is_cut_off_leaves_no_half_slot_under_its_own_name(
+    slots: Slots, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots.build(digest)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda folder: (folder / "manifest.json").unlink())
+        slots.collect()
+    folder = slots.path(digest).parent
+    assert [path.name for path in folder.iterdir()] == [f".{digest}.gone"]
+    slots.collect()
+    assert list(folder.iterdir()) == []
+
+
 _SWAP = """
 import sys
 from pathlib import Path
