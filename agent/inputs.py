@@ -120,9 +120,9 @@ def _is_input(path: Path) -> bool:
 
 def _read_csv(path: Path) -> Array:
     """Numbers of a comma-separated file (lines, columns); a first line of words is a heading."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
-    if lines and not all(_is_number(cell) for cell in lines[0]):
+    if lines and any(cell.strip() and not _is_number(cell) for cell in lines[0]):
         lines = lines[1:]
     if len({len(line) for line in lines}) != 1:
         raise ValueError("its lines have different numbers of columns, or there are none")
@@ -154,7 +154,19 @@ def _fit(array: Array, wanted: Wanted, path: Path, *, batched: bool) -> Array:
     if texts:
         return shaped.astype(np.str_).astype(object)
     with np.errstate(over="ignore", invalid="ignore"):  # what the model's datatype cannot hold becomes infinite
-        return np.asarray(shaped, DATATYPES[wanted.datatype], order="C")
+        fitted = np.asarray(shaped, DATATYPES[wanted.datatype], order="C")
+    if not _is_same(fitted, shaped):
+        raise InvalidRequest(f"{path} holds numbers that are no {wanted.datatype}, which '{wanted.name}' takes")
+    return fitted
+
+
+def _is_same(fitted: Array, given: Array) -> bool:
+    """Whether whole numbers (and truths) are those that were given; floats may be rounded."""
+    kind = fitted.dtype.kind
+    if kind == "f" or fitted.dtype == given.dtype:
+        return True
+    beyond = 2.0 if kind == "b" else float(np.iinfo(fitted.dtype).max) + 1  # some CPUs stop at the largest instead
+    return bool((fitted == given).all() and (given.dtype.kind != "f" or (given < beyond).all()))
 
 
 def _in_rows(array: Array, inner: tuple[int, ...]) -> Array | None:

@@ -83,9 +83,9 @@ class Sender:
         return sum(len(piece.samples) for piece in self._pieces)
 
     def add(self, samples: Array, time_s: float | None, *, end: bool) -> None:
-        """Count samples and put them behind those not delivered yet."""
+        """Count samples and put them behind those not delivered yet; what follows an `end` begins a new stream."""
         self._pieces.append(_Piece(np.array(samples), self.sequence, time_s, end))  # a copy: the caller's is its own
-        self.sequence += len(samples)
+        self.sequence = 0 if end else self.sequence + len(samples)
         while self.pending > self._keep_samples and len(self._pieces) > 1:
             self.lost += len(self._pieces.popleft().samples)
 
@@ -103,11 +103,9 @@ class Sender:
 
     def delivered(self, answer: Answer | None) -> None:
         """The oldest piece needs not be sent again; None: its windows stay without an answer."""
-        piece = self._pieces.popleft()
+        self._pieces.popleft()
         if answer is not None:
             self._answers.append(answer)
-        if piece.end:
-            self.sequence = 0
 
     def collect(self) -> Answer:
         """The answers since the last call as one, their rows in the order of the windows."""

@@ -17,7 +17,7 @@ import asyncio
 import math
 import re
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -45,7 +45,11 @@ MAX_WAITING = 8  # requests of one stream behind the one being answered
 MAX_SEQUENCE = 2**52
 RUNS_PER_TURN = 8  # on the event loop before others get their turn
 MAX_NOTE_BYTES = 16 * 1024  # a larger answer is not remembered for a client that missed it
+KEPT_LAST = 64  # answers to last requests of streams that ended, for whoever missed one
 TOO_LARGE = 413
+
+_Mark = tuple[int, int, int]
+_Note = tuple[_Mark, HttpResponse]  # which request, and its answer
 
 
 class StreamRoute:
@@ -55,6 +59,7 @@ class StreamRoute:
         self._serving = serving
         self._streams: dict[str, Streams] = {}
         self._lines: dict[str, dict[str, deque[_Job]]] = {}  # service, stream: who waits; present = busy
+        self._last: OrderedDict[tuple[str, str], _Note] = OrderedDict()
         for name, service in serving.services.items():
             if service.plan.window is not None:
                 tensor = next(one for one in service.signature.inputs if one.name == service.plan.window.input)
@@ -73,7 +78,9 @@ class StreamRoute:
         busy = self._lines[service.plan.service].keys()
         match http.method:
             case "POST":
-                self._queue(service, name, _Feed(self._serving, service, streams, name, busy, http, reply))
+                self._queue(
+                    service, name, _Feed(self._serving, service, streams, name, busy, self._last, http, reply)
+                )
             case "DELETE":
                 self._queue(service, name, _End(service, streams, name, reply))
             case "GET":
@@ -210,12 +217,14 @@ class _Feed(_Job):
         streams: Streams,
         name: str,
         busy: Collection[str],
+        last: OrderedDict[tuple[str, str], _Note],
         http: HttpRequest,
         reply: Reply,
     ) -> None:
         """Raises: InvalidRequest: the document is malformed or holds no samples of this stream."""
         super().__init__(reply)
         self._serving, self._service, self._streams, self._name, self._busy = serving, service, streams, name, busy
+        self._last, self._key = last, (service.plan.service, name)
         length, document = read_document(http)
         self._document, self._arrival_ns, self._client = document, http.arrival_ns, http.client
         self._binary = binary_names(document)
@@ -233,11 +242,14 @@ class _Feed(_Job):
         self._at = 0  # windows that were run
 
     def run(self) -> None:
-        self._stream = self._streams.open(self._name, self._busy)
         self._mark = self._fingerprint()
-        if self._mark is not None and self._stream.note is not None and self._stream.note[0] == self._mark:
-            self.close(self._stream.note[1])  # sent again, because its answer was missed
+        live = self._streams.find(self._name)
+        note: _Note | None = self._last.get(self._key) if live is None else live.note
+        if note is not None and note[0] == self._mark:
+            self.close(note[1])  # sent again, because its answer was missed
             return
+        self._stream = self._streams.open(self._name, self._busy)
+        self._last.pop(self._key, None)
         time_s = math.nan if self._time_s is None else self._time_s
         self._taken = self._stream.take(self._samples, sequence=self._sequence, time_s=time_s)
         self._go_on()
@@ -311,14 +323,19 @@ class _Feed(_Job):
 
     def _tell(self, response: HttpResponse, *, remember: bool) -> None:
         small = sum(map(len, response.parts)) <= MAX_NOTE_BYTES
-        self._stream.note = (self._mark, response) if remember and small and self._mark is not None else None
+        note = (self._mark, response) if remember and small and self._mark is not None else None
+        self._stream.note = note
+        if note is not None and self._ends and self._sequence:  # from 0 on it can be done again
+            self._last[self._key] = note
+            if len(self._last) > KEPT_LAST:
+                self._last.popitem(last=False)
         self.close(response)
 
-    def _fingerprint(self) -> tuple[int, int, int] | None:
+    def _fingerprint(self) -> _Mark | None:
         """What tells a request that is sent again from a new one; None when its sender does not count."""
         if self._sequence is None:
             return None
-        return self._sequence, len(self._samples), zlib.crc32(np.ascontiguousarray(self._samples).data.cast("B"))
+        return self._sequence, len(self._samples), zlib.crc32(np.ascontiguousarray(self._samples).data)
 
     def _outputs(self) -> list[Tensor]:
         plans = {tensor.name: tensor for tensor in self._service.signature.outputs}

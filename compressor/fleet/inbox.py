@@ -387,6 +387,7 @@ def _reply(device: str, op: str, payload: bytes) -> ReplySeen:
     document = json.loads(payload)
     if not isinstance(document, dict):
         raise _OutOfBounds("a reply is not an object")
+    json.dumps(document, ensure_ascii=False).encode()  # half a surrogate pair cannot be stored
     if document.get("device", device) != device:
         raise _Foreign(f"a reply of '{device}' speaks for '{str(document['device'])[:60]}'")
     return ReplySeen(

@@ -245,6 +245,21 @@ def test_the_callers_array_may_be_used_again() -> None:
     assert b'"ew_time_s":1.5,"ew_end":true' in bytes(call.parts[0])
 
 
+def test_samples_behind_an_undelivered_end_belong_to_the_next_stream() -> None:
+    remembers = sender()
+    remembers.add(SAMPLES[:8], None, end=True)
+    remembers.add(SAMPLES[:4], None, end=False)
+    heads = []
+    for _ in range(2):
+        call = remembers.next()
+        assert call is not None
+        heads.append(bytes(call.parts[0]))
+        remembers.delivered(answer(0, 0))
+    assert b'"ew_sequence":0,"ew_end":true' in heads[0]
+    assert b'"ew_sequence":0}' in heads[1]
+    assert remembers.sequence == 4
+
+
 def test_answers_to_several_pieces_become_one() -> None:
     remembers = sender()
     pieces = [answer(0, 3, ew_stream_reset="moved"), answer(2, 3, ew_gap="hold:2"), answer(0, 5, ew_dropped=4)]

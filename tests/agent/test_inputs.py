@@ -37,6 +37,43 @@ def test_lines_of_samples_or_flattened_rows_are_cut_into_windows(tmp_path: Path,
     assert array[0].ravel().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
+def test_a_byte_order_mark_is_no_heading(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf1,2\n3,4\n")
+    assert read_inputs(tmp_path / "x.csv", [Wanted("x", "FP32", (-1, 2))])["x"].tolist() == [[1, 2], [3, 4]]
+
+
+def test_a_first_line_with_a_number_missing_is_no_heading(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"1,\n3,4\n")
+    with pytest.raises(InvalidRequest, match="could not convert"):
+        read_inputs(tmp_path / "x.csv", [Wanted("x", "FP32", (-1, 2))])
+
+
+@pytest.mark.parametrize(
+    ("datatype", "values", "fits"),
+    [
+        ("UINT8", [[255.0, 0.0]], True),
+        ("UINT8", [[256.0, 0.0]], False),
+        ("UINT8", [[-1.0, 0.0]], False),
+        ("INT64", [[1.5, 0.0]], False),
+        ("INT64", [[np.nan, 0.0]], False),
+        ("INT64", [[2.0**63, 0.0]], False),
+        ("INT8", [[1.0, -128.0]], True),
+        ("BOOL", [[1.0, 0.0]], True),
+        ("BOOL", [[0.5, 0.0]], False),
+    ],
+)
+def test_whole_numbers_are_never_bent_to_fit(
+    tmp_path: Path, datatype: str, values: list[list[float]], *, fits: bool
+) -> None:
+    np.save(tmp_path / "x.npy", np.array(values))
+    wanted = [Wanted("x", datatype, (-1, 2))]
+    if fits:
+        assert read_inputs(tmp_path / "x.npy", wanted)["x"].tolist() == values
+    else:
+        with pytest.raises(InvalidRequest, match=f"numbers that are no {datatype}"):
+            read_inputs(tmp_path / "x.npy", wanted)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

@@ -20,7 +20,7 @@ from agent.contract.tensors import HEADER_LENGTH, read_tensors
 from agent.frontend import streams as frontend_streams
 from agent.frontend.openinference import OpenInference
 from agent.frontend.server import HttpRequest, HttpResponse
-from agent.frontend.streams import MAX_WAITING, RUNS_PER_TURN
+from agent.frontend.streams import KEPT_LAST, MAX_WAITING, RUNS_PER_TURN
 from agent.lineup import load_lineup
 from agent.observation import RingReader, RingWriter, create_ring
 from agent.serving import Answer, Done, Request, Service, Serving
@@ -279,6 +279,13 @@ def test_no_sample_and_several_tensors_are_refused_and_an_empty_one_is_not(stage
         assert response.status == status
 
 
+def test_a_request_without_samples_may_be_counted_too_and_end_its_stream(stage: Stage) -> None:
+    stage.send(SAMPLES[:16], ew_sequence=0)
+    parameters, rows = stage.send(SAMPLES[:0], ew_sequence=16, ew_end=True)
+    assert (parameters["ew_windows"], len(rows)) == (0, 0)
+    assert stage.ask("GET", "/v2/models/wrist/streams/s")[0].status == 404
+
+
 def test_a_request_beyond_the_limit_is_413_before_its_data_are_looked_at(stage: Stage) -> None:
     item = {"name": "window", "datatype": "FP32", "shape": [1024 * HOP + 1, 3], "data": ["no number"]}
     [response] = stage.ask("POST", "/v2/models/wrist/streams/s", json.dumps({"inputs": [item]}).encode())
@@ -337,6 +344,19 @@ def test_a_request_sent_again_gets_the_answer_its_sender_missed(stage: Stage) ->
     assert told(other)["ew_stream_reset"] == "restarted"
     parameters, rows = stage.send(SAMPLES[4:20], ew_sequence=4)
     assert (parameters["ew_dropped"], len(rows)) == (16, 0)
+
+
+def test_the_last_request_of_a_stream_sent_again_gets_its_answer_too(stage: Stage) -> None:
+    stage.send(SAMPLES[:10], ew_sequence=0)
+    last = stage.post(SAMPLES[10:20], ew_sequence=10, ew_end=True)
+    assert len(probability(last[0])) == 2
+    assert stage.post(SAMPLES[10:20], ew_sequence=10, ew_end=True) == last
+    assert stage.ask("GET", "/v2/models/wrist/streams/s")[0].status == 404
+    assert stage.send(SAMPLES[:10], ew_sequence=0)[0]["ew_stream_reset"] == "started"
+    assert stage.send(SAMPLES[10:20], ew_sequence=10)[0]["ew_windows"] == 2
+    for number in range(KEPT_LAST + 5):
+        stage.send(SAMPLES[:1], f"s{number}", ew_sequence=1, ew_end=True)
+    assert len(stage.handler.streams._last) == KEPT_LAST
 
 
 def test_an_answer_too_large_to_be_remembered_is_not(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:

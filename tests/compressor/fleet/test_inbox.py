@@ -122,6 +122,11 @@ def test_a_reply_names_the_command_it_answers() -> None:
         (f"{BASE}/tm", b"[" * 100_000, "malformed"),
         (f"{BASE}/res/sample", b"[" * 100_000, "malformed"),
         (f"{BASE}/res/sample", b"[]", "out_of_bounds"),
+        (f"{BASE}/res/sample", rb'{"text": "\ud800"}', "malformed"),  # no database takes half a character
+        (f"{BASE}/res/sample", rb'{"device": "\ud800"}', "malformed"),
+        (f"{BASE}/res/sample", rb'{"\udc00": 1}', "malformed"),
+        (f"{BASE}/ev/error/sensor", json.dumps(event(text="\ud800")).encode(), "malformed"),
+        (f"{BASE}/ev/error/sensor", json.dumps(event(details={"\ud800": "\udc00"})).encode(), "malformed"),
         (f"{BASE}/tm", telemetry(seq="one"), "malformed"),
         (f"{BASE}/tm", telemetry(drift={"a": 1}), "malformed"),
         (f"{BASE}/tm", telemetry(seq=1 << 60), "out_of_bounds"),
