@@ -51,12 +51,14 @@ class Wire:
 class Side:
     """One serving with its ring; `cached`: whether requests seen twice skip the parser."""
 
-    def __init__(self, plan: ServicePlan, *, cached: bool, inline_us: float = 1e9) -> None:
+    def __init__(
+        self, plan: ServicePlan, *, cached: bool, inline_us: float = 1e9, stuck_after_s: float = 5.0
+    ) -> None:
         self._descriptor = create_ring()
         self._writer, self.ring = RingWriter(self._descriptor), RingReader(self._descriptor)
         self.service = Service(0, plan, load_lineup(plan)[0])
         self.serving = Serving(
-            [self.service], self._writer, stuck_after_s=5.0, on_unstoppable=lambda: None,
+            [self.service], self._writer, stuck_after_s=stuck_after_s, on_unstoppable=lambda: None,
             inline_us=inline_us,
         )  # fmt: skip
         handler = OpenInference(self.serving)
