@@ -6,8 +6,6 @@ queue, so that probes stay answered.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import queue
 import struct
 import threading
@@ -20,6 +18,7 @@ from agent.attempt import Attempt, Ended, Result, Trouble, first_engine, observe
 from agent.contract.errors import Overloaded, ServingError, UnknownModel
 from agent.contract.plan import EngineTrouble
 from agent.express import Express, Serve, Wire
+from agent.handback import Handback
 from agent.lineup import INLINE_US
 from agent.observation import Outcome, RingWriter
 from agent.service import MAX_BATCH_ROWS, Answer, Request, Service
@@ -59,6 +58,7 @@ class Serving:
         self._dog = Watchdog(stuck_after_s, on_unstoppable)
         self._watch = self._dog.watch()
         self._runners: dict[str, _Runner] = {}
+        self._handback: Handback | None = None
         self._troubles: dict[tuple[str, str, str], EngineTrouble] = {}
         self._on_trouble = on_trouble
         self._inline_us = inline_us
@@ -90,7 +90,8 @@ class Serving:
             self._finish(service, request, rows, refusal, done)
             return
         if request.service not in self._runners:
-            self._runners[request.service] = _Runner(service, self._dog.watch(), self._stuck_ns)
+            self._handback = self._handback or Handback()
+            self._runners[request.service] = _Runner(service, self._dog.watch(), self._stuck_ns, self._handback)
         service.admission.enter(request.client)
         self._runners[request.service].put(
             request, rows, lambda result: self._leave(service, request, rows, result, done)
@@ -146,6 +147,8 @@ class Serving:
         """End the threads; queued requests are dropped."""
         for runner in self._runners.values():
             runner.close()
+        if self._handback is not None:
+            self._handback.close()
         self._dog.close()
 
     def _leave(self, service: Service, request: Request, rows: int, result: Result, done: Done) -> None:
@@ -177,12 +180,12 @@ class Serving:
 class _Runner:
     """The thread of one service with slow engines."""
 
-    def __init__(self, service: Service, watch: Watch, stuck_ns: int) -> None:
+    def __init__(self, service: Service, watch: Watch, stuck_ns: int, handback: Handback) -> None:
         self._service = service
         self._watch = watch
         self._stuck_ns = stuck_ns
+        self._handback = handback
         self._closing = False
-        self._loop = asyncio.get_running_loop()
         # bounded by the plan's queue_limit, which `_refusal` keeps
         self._queue: queue.SimpleQueue[tuple[Request, int, Callable[[Result], None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"run-{service.plan.service}", daemon=True)
@@ -200,9 +203,7 @@ class _Runner:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing:
             request, rows, done = job
-            result = Attempt(self._service, request, rows, self._watch, self._stuck_ns).run()
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits any more
-                self._loop.call_soon_threadsafe(done, result)
+            self._handback.give(done, Attempt(self._service, request, rows, self._watch, self._stuck_ns).run())
 
 
 def _refusal(service: Service, request: Request) -> Result | None:
