@@ -33,12 +33,12 @@ class Offers:
         self._signed_by = ""  # the key that signed everything that is stored, as far as it has to be
 
     def restore(self, now_s: float) -> None:
-        """Retain again what a former process desired, signed with the key of now."""
+        """Retain again what a former process desired, signed with the key of now; withdraw again what it withdrew."""
         self.renew(now_s)
         with self._database.reading() as tx:
-            wanted = [(row.id, row.desired) for row in devices.listed(tx) if row.desired]
+            wanted = [(row.id, row.desired) for row in devices.listed(tx) if row.desired_version]
         for device, document in wanted:
-            self._means.wire.retain(self._means.topics(device).desired, _bytes(document))
+            self._means.wire.retain(self._means.topics(device).desired, _bytes(document) if document else b"")
 
     def renew(self, now_s: float) -> None:
         """After a rotation of the director key: sign anew what devices still have to believe.

@@ -67,6 +67,19 @@ def test_desired_documents_are_renewed_by_a_new_host(world: World) -> None:
     assert {t: json.loads(b) for t, b in world.wire.retained.items()} == {t: json.loads(b) for t, b in before.items()}
 
 
+def test_what_was_withdrawn_is_withdrawn_again_by_a_new_host(world: World) -> None:
+    """The former one may have ended before its broker heard of it: devices would take up a halted rollout."""
+    world.to_rollout()
+    world.reports("w2", 1, "quarantined", "golden_mismatch")
+    world.step()
+    before = dict(world.wire.retained)
+    assert b"" in before.values()
+    world.wire.retained.clear()
+    world.new_steward().start(now_s=world.now)
+    emptied = {topic for topic, body in world.wire.retained.items() if not body}
+    assert emptied == {topic for topic, body in before.items() if not body}
+
+
 def test_desired_versions_only_grow(world: World) -> None:
     with world.database.writing() as tx:
         devices.change(tx, "w1", now_s=NOW, desired_version=41)
