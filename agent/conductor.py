@@ -421,10 +421,12 @@ class Conductor:
         self._start_timer = None
         if self._change is not None:  # the one that comes with another equipment will do
             self._change.worker_wanted = True
-            return
-        self._start_generation(
-            tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
-        )
+        elif self.generations.coming != self._services():  # else it will do: it is further than another one would be
+            self._start_generation(self._services())
+
+    def _services(self) -> tuple[ServicePlan, ...]:
+        """What a worker is to load now."""
+        return tuple(one.plan_of(self._parts.supervisor.lineup(one.name)) for one in self._parts.blueprints)
 
     def renew(self) -> int:
         """A new worker for what serves now; its number, or 0: one with another equipment is on its way."""
@@ -432,8 +434,8 @@ class Conductor:
             return 0
         if self._start_timer:
             self._start_timer.cancel()
-        self._start_worker()
-        return self.generations.incoming
+        self._start_timer = None
+        return self._start_generation(self._services())
 
     def _fits_beside(self, worker_bytes: float) -> bool:
         """Whether there is memory for two workers at once, as far as anybody knows."""

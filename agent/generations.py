@@ -68,6 +68,11 @@ class Generations:
         return self._incoming.number if self._incoming is not None else 0
 
     @property
+    def coming(self) -> tuple[ServicePlan, ...]:
+        """What the one that comes serves; empty = none comes."""
+        return self._incoming.plan.services if self._incoming is not None else ()
+
+    @property
     def leaving(self) -> int:
         """How many that have served, or were given up, have not ended yet."""
         return sum(one is not self._current and one is not self._incoming for one in self._tasks)

@@ -26,6 +26,7 @@ from agent.contract.artifact import (
     canonical,
     sha256,
 )
+from agent.engine import control_flow_of
 from compressor.evaluate import FaultLine
 from compressor.evidence import view_names
 from compressor.files import storage_error, write_file
@@ -107,7 +108,12 @@ def _manifest(content: Content, blobs: Mapping[str, bytes]) -> Manifest:
         fallbacks=list(content.fallbacks),
         views=[] if floor else [graph_view(task, width)],
         floor_outputs={PROBABILITY: list(content.prior)} if floor else None,
-        runtime=Runtime(opset=OPSET, minimum=version("onnxruntime"), precision=content.precision),
+        runtime=Runtime(
+            opset=OPSET,
+            minimum=version("onnxruntime"),
+            precision=content.precision,
+            control_flow=[] if content.model is None else control_flow_of(content.model),
+        ),
         choice=content.choice,
         parent=content.parent,
         quantisation=_quantisation(content),

@@ -9,6 +9,7 @@ from agent.engine.floor import FloorEngine
 from agent.engine.golden import MAX_GOLDEN_BYTES, Golden, GoldenResult, check_golden, load_golden
 from agent.engine.lane import Lane
 from agent.engine.memory import SIGNS, bounded
+from agent.engine.modelfile import control_flow_of
 from agent.engine.onnx import OnnxEngine
 from agent.engine.prepare import prepare
 from agent.engine.runtime import CPU, RunControl, full_name, runtime_version, usable_providers
@@ -26,6 +27,7 @@ __all__ = [
     "RunControl",
     "bounded",
     "check_golden",
+    "control_flow_of",
     "full_name",
     "leading_rows",
     "load_golden",

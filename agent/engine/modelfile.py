@@ -48,12 +48,28 @@ def check_file(path: Path, sha256: str, name: str, control_flow: Collection[str]
         raise Corrupt(f"engine '{name}': {path} is no ONNX model") from None
 
 
+def control_flow_of(model: bytes) -> list[str]:
+    """Operators with graphs inside that a model uses, sorted: what its manifest has to name.
+
+    Raises:
+        Corrupt: it is no ONNX model.
+        Incompatible: as `check_file`.
+    """
+    walk = _Walk("model", None)
+    try:
+        walk.check(memoryview(model), "model", 0)
+    except (ValueError, IndexError):
+        raise Corrupt("these bytes are no ONNX model") from None
+    return sorted(walk.control_flow)
+
+
 class _Walk:
-    """Through one model, message by message."""
+    """Through one model, message by message. `control_flow`: what was met."""
 
     def __init__(self, name: str, control_flow: Collection[str] | None) -> None:
         self._name = name
-        self._control_flow = control_flow
+        self._allowed = control_flow
+        self.control_flow: set[str] = set()
 
     def check(self, message: memoryview, kind: str, depth: int) -> None:
         if depth > MAX_DEPTH:
@@ -79,8 +95,10 @@ class _Walk:
                 operator = _text(value)
             elif isinstance(value, memoryview) and field in _HOLDS["node"]:
                 graphs = graphs or any(one in _ATTRIBUTE_GRAPHS for one, _ in _fields(value))
-        allowed = self._control_flow
-        if allowed is not None and (graphs or operator in CONTROL_FLOW) and operator not in allowed:
+        if not (graphs or operator in CONTROL_FLOW):
+            return
+        self.control_flow.add(operator)
+        if self._allowed is not None and operator not in self._allowed:
             raise Incompatible(
                 f"engine '{self._name}' uses the control-flow operator '{operator[:60]}', which it is not allowed",
                 hint="If its runs are known to end, name it in the manifest's runtime.control_flow or in the "

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from agent.clock import wall_s
 from agent.conductor import Conductor, DecisionClock
@@ -141,5 +142,25 @@ def test_telemetry_counts_what_happened_in_its_window(artifacts: dict[str, Path]
             counters = [Telemetry.decode(row.body).counters for row in rows]
             assert [one["agent.faults"] for one in counters] == [2, 0, 3]
             assert {one["outbox.dropped"] for one in counters} == {one["ring.gaps"] for one in counters} == {0}
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_is_wanted_while_the_same_is_loading_is_that_one(
+    artifacts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def story() -> None:
+        with conducting(artifacts, tmp_path) as (conductor, parts):
+            try:
+                conductor._start_worker()
+                conductor._start_worker()  # the one that serves was lost meanwhile
+                assert conductor.generations.incoming == 1
+                monkeypatch.setattr(parts.supervisor, "lineup", lambda _service: ("wrist-accel",))
+                conductor._start_worker()  # other engines are to be loaded now
+                assert conductor.generations.incoming == 2
+                assert conductor.renew() == 3  # asked for: files may have changed
+                assert conductor.generations.incoming == 3
+            finally:
+                await conductor.end()
 
     asyncio.run(story())

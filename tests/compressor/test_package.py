@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from agent.contract.artifact import MANIFEST, canonical, open_artifact
+from agent.contract.artifact import MANIFEST, Budget, Choice, canonical, open_artifact
 from agent.contract.errors import StorageError
 from agent.engine import check_golden, load_golden
-from compressor.package import write_artifact
+from compressor.package import Content, Origin, build_artifact, write_artifact
+from compressor.recipe import read_recipe
 from compressor.stages.naming import VIEW_OUTPUT
-from tests.compressor.conftest import Run
+from compressor.task import load_task
+from tests.compressor.conftest import TINY, Run
+from tests.models import classifier
 
 pytestmark = pytest.mark.torch
 
@@ -94,3 +97,21 @@ def test_an_artifact_that_cannot_be_written_leaves_the_former_and_nothing_half_d
         write_artifact(tmp_path / "wrist", {"card.json": b"second", "card.json/below": b""})
     assert [path.name for path in tmp_path.iterdir()] == ["wrist"]
     assert (tmp_path / "wrist" / "card.json").read_bytes() == b"first"
+
+
+@pytest.mark.parametrize(("trouble", "expected"), [("", None), ("nan", ["If"]), ("slow", ["If", "Loop"])])
+def test_operators_with_graphs_inside_are_named_for_the_device(trouble: str, expected: list[str] | None) -> None:
+    content = Content(
+        name="tiny",
+        task=load_task("task.py", TINY.parent)[0],
+        package=read_recipe(TINY).package,
+        origin=Origin("", "", "", {}, 1),
+        budget=Budget(device_class="bench", latency_p95_us=1.0, memory_bytes=1, size_bytes=1),
+        fallbacks=(),
+        card={},
+        choice=Choice(variant="one", device_class="bench", reason="the only one"),
+        precision="float32",
+        model=classifier(trouble=trouble).SerializeToString(),
+    )
+    runtime = json.loads(build_artifact(content)[MANIFEST])["runtime"]
+    assert runtime.get("control_flow") == expected  # absent where there is none: manifests stay as they were
