@@ -35,10 +35,13 @@ class Piece:
 
 def answers(file: Path, pieces: Sequence[Piece], labels: Sequence[str]) -> Iterator[dict[str, Any]]:
     """One dictionary per row: file, row, who answered and why, label ("" without labels) and output values."""
-    number = 0
+    number, by_row = 0, _by_row(pieces)
     for piece in pieces:
         for row in range(1 if piece.rows is None else piece.rows):
-            values = {name: _of_row(array, row, piece.rows).tolist() for name, array in piece.outputs.items()}
+            values = {
+                name: (_of_row(array, row) if name in by_row else array).tolist()
+                for name, array in piece.outputs.items()
+            }
             told = {"served_by": piece.served_by, "reason": piece.reason, "guard": piece.guard}
             named = {"label": _label(values, labels), "outputs": _as_text(values)}
             yield {"file": str(file), "row": number, **told, **named}
@@ -74,6 +77,7 @@ def write_outputs(target: Path, file: Path, pieces: Sequence[Piece], labels: Seq
 
     Raises:
         DiskFull: it could not be written.
+        InvalidRequest: its format cannot hold these answers.
     """
     content = {".npz": _npz, ".csv": _csv, ".jsonl": _jsonl}[target.suffix](file, pieces, labels)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
@@ -91,9 +95,7 @@ def write_outputs(target: Path, file: Path, pieces: Sequence[Piece], labels: Seq
 def _npz(file: Path, pieces: Sequence[Piece], labels: Sequence[str]) -> bytes:
     """The outputs by name, rows joined, and `ew_served_by`, `ew_guard`, `ew_label` of each row."""
     told = list(answers(file, pieces, labels))
-    whole = {name: np.concatenate([_rows(piece, name) for piece in pieces]) for name in pieces[0].outputs}
-    if pieces[0].rows is None:
-        whole = pieces[0].outputs
+    whole = pieces[0].outputs if pieces[0].rows is None else _joined(file, pieces)
     for key in ("served_by", "guard", "label"):
         whole[f"ew_{key}"] = np.array([answer[key] for answer in told], np.str_)
     buffer = io.BytesIO()
@@ -127,14 +129,29 @@ def _jsonl(file: Path, pieces: Sequence[Piece], labels: Sequence[str]) -> bytes:
     return "".join(as_json(answer) + "\n" for answer in answers(file, pieces, labels)).encode()
 
 
-def _rows(piece: Piece, name: str) -> Array:
-    array = piece.outputs[name]
-    return array if array.ndim and len(array) == piece.rows else array[None]
+def _joined(file: Path, pieces: Sequence[Piece]) -> dict[str, Array]:
+    """Raises: InvalidRequest: an output has another shape in each piece."""
+    by_row = _by_row(pieces)
+    try:
+        return {
+            name: np.concatenate([piece.outputs[name] if name in by_row else piece.outputs[name][None]
+                                  for piece in pieces])
+            for name in pieces[0].outputs
+        }  # fmt: skip
+    except ValueError as error:
+        raise InvalidRequest(f"the answers to {file} do not join: {error}", hint="Use --format jsonl.") from None
 
 
-def _of_row(array: Array, row: int, rows: int | None) -> Array:
-    """An output that has no rows belongs to each of them."""
-    return array[row : row + 1].reshape(array.shape[1:]) if array.ndim and len(array) == rows else array
+def _by_row(pieces: Sequence[Piece]) -> set[str]:
+    """Outputs with a row for each row asked, in every piece; any other belongs to each of them as it is."""
+    names = set(pieces[0].outputs) if pieces else set()
+    for piece in pieces:
+        names = {name for name in names if (array := piece.outputs[name]).ndim and len(array) == piece.rows}
+    return names
+
+
+def _of_row(array: Array, row: int) -> Array:
+    return array[row : row + 1].reshape(array.shape[1:])
 
 
 def _flat(value: Any) -> Iterator[Any]:

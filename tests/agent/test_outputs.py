@@ -82,3 +82,24 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").touch()
     with pytest.raises(DiskFull, match=r"cannot write .*taken/x\.csv"):
         write_outputs(tmp_path / "taken/x.csv", FILE, PIECES, [])
+
+
+@pytest.mark.parametrize("form", ["npz", "csv"])
+def test_an_output_without_rows_that_is_as_long_as_the_last_piece_is_still_none(tmp_path: Path, form: str) -> None:
+    pieces = [Piece(rows, {"y": np.ones((rows, 2)), "c": np.arange(5.0)}, "e", "r", "") for rows in (64, 5)]
+    target = tmp_path / f"x.{form}"
+    write_outputs(target, Path("x"), pieces, [])
+    if form == "npz":
+        with np.load(target) as archive:
+            assert (archive["y"].shape, archive["c"].shape) == ((69, 2), (2, 5))
+    else:
+        lines = target.read_text().splitlines()
+        assert {line.count(",") for line in lines} == {10}
+        assert lines[-1].endswith(",0.0,1.0,2.0,3.0,4.0")
+
+
+def test_answers_that_do_not_join_are_said_so(tmp_path: Path) -> None:
+    pieces = [Piece(2, {"y": np.ones((2, width))}, "e", "r", "") for width in (3, 4)]
+    with pytest.raises(InvalidRequest, match="do not join"):
+        write_outputs(tmp_path / "x.npz", Path("x"), pieces, [])
+    assert not list(tmp_path.iterdir())
