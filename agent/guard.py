@@ -97,7 +97,7 @@ class Guard:
     def watch(self, x: Array) -> Callable[[], bool]:
         """What tells of memory that holds ever new inputs whether `check` would find nothing; False may mean yes.
 
-        x: as for `check`. One window of float32, the common case, takes 7 us instead of 18 (128 x 6, `scripts/bench
+        x: as for `check`. One window of float32, the common case, takes 8 us instead of 18 (128 x 6, `scripts/bench
         request`): it is small enough that calls are what costs, so all comparisons of numbers by channel are one
         product of a matrix with the largest, smallest and summed squares.
         """

@@ -268,7 +268,7 @@ class RingWriter(_Ring):
         """What appends the records of single rows that waited for nobody and whose guard found nothing.
 
         `read`: the row of the label output and the views, float32. One call is all that monitoring adds to a quick
-        request: 0.6 us, a tenth of a bare run (`scripts/bench request`), because whatever stays the same is packed
+        request: 0.7 us, a ninth of a bare run (`scripts/bench request`), because whatever stays the same is packed
         beforehand.
         """
         (kind,) = struct.unpack("<Q", _KIND.pack(service, engine, first, outcome, 0, label_width, view_width, 0))
