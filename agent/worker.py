@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import gc
 import os
 import resource
@@ -158,6 +159,7 @@ class Worker:
         # what lives now lives as long as the process: a full collection later would stop requests for 50 ms
         gc.collect()
         gc.freeze()
+        _give_back()
         self._send(Ready(plan.generation, os.getpid(), tuple(reports)))
 
     def _serve(self) -> None:
@@ -317,6 +319,12 @@ async def _main(given: argparse.Namespace) -> int:
         for listener in listeners:
             listener.close()
         ring.close()
+
+
+def _give_back() -> None:
+    """Memory that loading needed and nobody needs now: 15 MB behind the first load of a MobileNet-like model."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> float:
