@@ -282,5 +282,8 @@ def test_an_operator_rolls_out_what_was_published_by_hand_and_takes_it_back(
         number = json.loads(capsys.readouterr().out)["rollout"]
         words = wait_until(lambda number=number: ended(number), f"rollout {verb} ends")
         assert words.startswith("completed"), words
-        assert set(host.row().birth["artifacts"].values()) == set(digests)
-        assert agent.service()["serving"] == "wrist"
+        wait_until(
+            lambda digests=digests: set(host.row().birth["artifacts"].values()) == set(digests),
+            "the host hears of it",
+        )
+        wait_until(lambda: agent.service()["serving"] == "wrist", "the preferred engine answers")
