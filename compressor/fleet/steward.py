@@ -134,7 +134,9 @@ class Steward:
                 plans.remove_sample(tx, name)
             return
         with self._database.writing() as tx:
-            plans.change_sample(tx, name, text="the broker took the request")
+            current = plans.sample(tx, name)
+            if current is not None and current.state == "asked":  # a fast device has answered already
+                plans.change_sample(tx, name, text="the broker took the request")
             self._means.note(tx, "sample", "asked for an enrolment recording by signed command", now_s, device=device)
 
     def _settle_samples(self, replies: Sequence[ReplySeen], now_s: float) -> None:

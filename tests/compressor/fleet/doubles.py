@@ -237,6 +237,7 @@ class FakeWire:
     retained: dict[str, bytes] = field(default_factory=dict)
     commands: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     away: bool = False
+    on_command: Callable[[dict[str, Any]], None] = field(default=lambda _command: None)
 
     def retain(self, topic: str, body: bytes) -> None:
         self.retained[topic] = body
@@ -247,3 +248,4 @@ class FakeWire:
         assert answer_to.split("/")[-2] == "res"
         assert expiry_s > 0
         self.commands.append((topic, json.loads(body)["signed"]))
+        self.on_command(self.commands[-1][1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,19 @@ def test_the_loop_runs_from_the_first_report_to_the_committed_update_without_han
     assert len(world.trainer.started) == 1
     whole = [world.story(what) for what in ("decision", "sample", "job", "publish", "desired", "reported", "rollout")]
     assert [len(texts) for texts in whole] == [5, 3, 3, 1, 3, 12, 4]
+
+
+def test_a_recording_that_comes_before_the_broker_has_answered_keeps_its_words(world: World) -> None:
+    def answer_at_once(command: dict[str, Any]) -> None:
+        with world.database.writing() as tx:
+            plans.change_sample(tx, command["body"]["id"], state="accepted", text="12 windows", settled_at=world.now)
+
+    world.wire.on_command = answer_at_once
+    for device in DEVICES:
+        world.drifts(device)
+    world.step()
+    with world.database.reading() as tx:
+        assert {row.text for row in plans.samples(tx)} == {"12 windows"}
 
 
 def test_what_is_built_anew_names_what_it_succeeds(world: World) -> None:
