@@ -44,8 +44,7 @@ def find_recording(folder: Path, *, max_bytes: int, shape: tuple[int, ...] | Non
     Raises:
         Unavailable: there is none. TooLarge: it has more than `max_bytes`. Corrupt: it is not a sound recording.
     """
-    path = _newest(folder)
-    size = path.stat().st_size
+    path, size = _newest(folder)
     if size > max_bytes:
         raise TooLarge(f"the newest recording {path.name} has {size} bytes, {max_bytes} are allowed")
     return Recording(path, size, _check(path, size, shape))
@@ -94,10 +93,12 @@ def upload(recording: Recording, url: str, token: str, *, tls: ssl.SSLContext | 
     raise kind(f"the host answered {status} to the recording: {str(fields.get('error', ''))[:200]}")
 
 
-def _newest(folder: Path) -> Path:
+def _newest(folder: Path) -> tuple[Path, int]:
+    """The file and its size in bytes. Raises: Unavailable."""
     try:
         found = [path for path in folder.glob("*.npz") if path.is_file() and not path.is_symlink()][:MAX_FILES]
-        return max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        newest = max(found, key=lambda path: (path.stat().st_mtime_ns, path.name))
+        return newest, newest.stat().st_size
     except OSError as error:
         raise Unavailable(f"cannot look for recordings in {folder}: {error.strerror}") from None
     except ValueError:

@@ -224,26 +224,34 @@ def _accept(doors: Doors, sample: Row[Any], part: Path, digest: str, size: int) 
         _settle(doors, sample, "rejected", str(error), now_s, severity="warning")
         raise Refusal(400, str(error)) from None
     path = doors.uploads / f"{sample.id}.npz"
-    try:
-        part.replace(path)
-    except OSError as error:
-        raise storage_error(error, path) from error
     text = f"{recordings.rows} windows of {recordings.recordings} recordings, {size:,} bytes"
     _settle(
-        doors, sample, "accepted", text, now_s, path=str(path), sha256=digest, size_bytes=size, rows=recordings.rows
-    )
+        doors, sample, "accepted", text, now_s, move=(part, path), path=str(path), sha256=digest, size_bytes=size,
+        rows=recordings.rows,
+    )  # fmt: skip
     return recordings
 
 
 def _settle(
-    doors: Doors, sample: Row[Any], state: str, text: str, now_s: float, *, severity: str = "info", **values: Any
-) -> None:
+    doors: Doors, sample: Row[Any], state: str, text: str, now_s: float, *, severity: str = "info",
+    move: tuple[Path, Path] | None = None, **values: Any,
+) -> None:  # fmt: skip
+    """`move`: the file goes to its place in the same transaction: of two uploads at once the first is kept."""
     with doors.database.writing() as tx:
         current = plans.sample(tx, sample.id)
         if current is None or current.state != "asked":
             raise Refusal(409, "this recording was settled meanwhile")
+        if move is not None:
+            _move(*move)
         plans.change_sample(tx, sample.id, state=state, settled_at=now_s, text=text, **values)
         timeline.add(tx, "sample", f"recording {state}: {text}", at=now_s, device=sample.device, severity=severity)
+
+
+def _move(part: Path, path: Path) -> None:
+    try:
+        part.replace(path)
+    except OSError as error:
+        raise storage_error(error, path) from error
 
 
 # --- enrolment -------------------------------------------------------------------------------------------------

@@ -131,7 +131,9 @@ class Steward:
         except EdgewardenError as error:
             self._means.say("warning", "sample", error.sentence())
             with self._database.writing() as tx:
-                plans.remove_sample(tx, name)
+                current = plans.sample(tx, name)
+                if current is not None and not current.attempts:  # else it arrived: only the broker's yes was lost
+                    plans.remove_sample(tx, name)
             return
         with self._database.writing() as tx:
             current = plans.sample(tx, name)

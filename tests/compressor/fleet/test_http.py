@@ -142,6 +142,24 @@ def test_an_asked_for_recording_is_taken_once(served: Served) -> None:
         assert "recording accepted: 12 windows of 2 recordings" in timeline.newest(tx)[0].text
 
 
+def test_of_two_uploads_at_once_the_first_that_is_whole_is_kept_as_it_came(served: Served) -> None:
+    """A device that lost patience sends again while its first try is still being read."""
+    headers, slow = served.ask_for_sample(), recording(18, seed=1)
+    connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=60)
+    connection.putrequest("PUT", "/samples/w1/s1")
+    for name, value in {**headers, "content-length": str(len(slow))}.items():
+        connection.putheader(name, value)
+    connection.endheaders(slow[:1000])
+    wait_until(lambda: served.sample().attempts == 1)
+    assert served.ask("PUT", "/samples/w1/s1", recording(12), headers)[0] == 201
+    connection.send(slow[1000:])
+    assert connection.getresponse().status == 409
+    connection.close()
+    kept = served.sample()
+    assert (kept.rows, Path(kept.path).read_bytes()) == (12, recording(12))
+    assert [path.name for path in Path(kept.path).parent.iterdir()] == ["s1.npz"]
+
+
 def test_without_the_token_of_this_request_nothing_is_taken(served: Served) -> None:
     headers = served.ask_for_sample()
     served.ask_for_sample("s2")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agent.contract.artifact import open_artifact, sha256
-from agent.contract.errors import ConfigError, DiskFull
+from agent.contract.errors import ConfigError, DiskFull, LinkError
 from compressor.fleet.database import plans, timeline
 from compressor.fleet.inbox import BirthSeen, EventSeen, ReplySeen
 from compressor.fleet.means import Failed
@@ -70,6 +70,27 @@ def test_a_recording_that_comes_before_the_broker_has_answered_keeps_its_words(w
     world.step()
     with world.database.reading() as tx:
         assert {row.text for row in plans.samples(tx)} == {"12 windows"}
+
+
+def test_a_request_whose_answer_from_the_broker_is_lost_is_kept_when_the_device_got_it(world: World) -> None:
+    def deliver_and_be_lost(command: dict[str, Any]) -> None:
+        if command["device"] != "w3":
+            with world.database.writing() as tx:
+                done = {"state": "accepted", "text": "12 windows"} if command["device"] == "w1" else {}
+                plans.change_sample(tx, command["body"]["id"], attempts=1, **done)
+        raise LinkError("the broker did not take it")
+
+    world.wire.on_command = deliver_and_be_lost
+    for device in DEVICES:
+        world.drifts(device)
+    world.step()
+    with world.database.reading() as tx:
+        assert {row.device: (row.state, row.text) for row in plans.samples(tx)} == {
+            "w1": ("accepted", "12 windows"), "w2": ("asked", None),
+        }  # fmt: skip
+    world.wire.on_command = lambda _command: None
+    world.step()
+    assert [command["device"] for _, command in world.wire.commands] == ["w1", "w2", "w3", "w3"]
 
 
 def test_what_is_built_anew_names_what_it_succeeds(world: World) -> None:
