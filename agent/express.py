@@ -138,6 +138,8 @@ class Express:
         32-64-10 with its parsing, 0.82 of a bare session.run (`scripts/bench request`).
         """
         lane, service, lineup = self._lane, self._service, self._lineup
+        if not lane.fits(request.inputs):
+            return None  # more rows, or another length of an axis that is free
         read, respond = wire.reader(lane), wire.writer(lane)
         if read is None or respond is None:
             return None

@@ -160,19 +160,23 @@ class OpenInference:
         def wire(express: Express) -> Wire | None:
             nonlocal expected
             answer = express.answer(request.outputs)
-            if is_text:
-                names = [tensor.name for tensor in answer.outputs]
-                return TextWire.learn(prefix + http.body, len(prefix), names, response)
-            if not all(asked.binary(tensor.name) for tensor in answer.outputs):
+            names = [tensor.name for tensor in answer.outputs]
+            if any(asked.binary(name) is is_text for name in names):
                 return None
             encoded = encode_response(answer_response(model, document.id, answer, asked.binary))
+            if is_text:
+                ours, theirs = (
+                    TextWire.learn(prefix + http.body, len(prefix), names, each) for each in (encoded, response)
+                )
+                expected = ours == theirs
+                return ours if expected else None
             head = encoded[: len(encoded) - sum(tensor.array.nbytes for tensor in answer.outputs)]
             expected = len(encoded) == len(response) and response.startswith(head)
-            names = [tensor.name for tensor in answer.outputs]
-            return BinaryWire(len(prefix), tuple(request.inputs), names, head) if expected else None
+            whole = sum(array.nbytes for array in request.inputs.values()) == len(http.body) - length
+            return BinaryWire(len(prefix), tuple(request.inputs), names, head) if expected and whole else None
 
         serve = self._serving.express(request, wire)
-        lineup = service.lineup
+        lineup, head_only = service.lineup, replace(http, body=b"")  # a body of megabytes is no part of a plan
 
         def submit(binary: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply) -> None:
             try:
@@ -181,7 +185,7 @@ class OpenInference:
                 reply(failure(error))
 
         def submit_text(body: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply) -> None:
-            again = replace(http, body=bytes(body), arrival_ns=arrival_ns, client=client)
+            again = replace(head_only, body=bytes(body), arrival_ns=arrival_ns, client=client)
             try:
                 document = read_document(again)[1]
                 asked = _Asked(model, version, service, document, binary_names(document))

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from agent.attempt import Ended
+from agent.contract.plan import EngineKind, EnginePlan, TensorPlan
+from agent.contract.tensors import HEADER_LENGTH
 from agent.express import Left
 from agent.frontend.plans import MAX_PLANS, MAX_PLANS_OF_A_SIZE, Plan, PlanCache
 from agent.frontend.server import Connection
 from agent.observation import Outcome
-from tests.models import engine_plan, floor_plan, service_plan, window
+from tests.models import LENGTH, engine_plan, floor_plan, model, save, service_plan, window
 from tests.wires import Side, Wire, message
 
 TOLD = 200.0  # a window shifted by this makes a troubled engine do its worst
@@ -172,6 +176,91 @@ def test_a_guard_finding_is_told_as_ever(side: Side) -> None:
     assert plan is not None
     assert plan.serve is not None
     assert plan.serve(message(dead), 0, wire.write) is Left.ODD
+
+
+# --- JSON ----------------------------------------------------------------------------------------------------
+def text(x: np.ndarray, size: int = 1500) -> bytes:
+    """A JSON request whose body has this many bytes, so that all share a plan."""
+    tensor = {"name": "window", "datatype": "FP32", "shape": [1, LENGTH, 3], "data": x.ravel().tolist()}
+    return post("wrist", json.dumps({"inputs": [tensor]}).encode().ljust(size))
+
+
+def post(service: str, document: bytes, numbers: bytes = b"") -> bytes:
+    split = f"{HEADER_LENGTH}: {len(document)}\r\n" if numbers else ""
+    size = len(document) + len(numbers)
+    head = f"POST /v2/models/{service}/infer HTTP/1.1\r\nHost: x\r\n{split}Content-Length: {size}\r\n\r\n"
+    return head.encode() + document + numbers
+
+
+def dead() -> np.ndarray:
+    x = window()
+    x[:, :, 2] = 0
+    return x
+
+
+@pytest.mark.parametrize("odd", [dead(), window(TOLD)])
+def test_what_was_told_of_one_request_is_not_told_of_the_next(tmp_path: Path, odd: np.ndarray) -> None:
+    side = make_side(tmp_path, trouble="nan")
+    connection, wire = side.connect()
+    told = [ask(connection, wire, text(odd)) for _ in range(3)]
+    assert b"ew_guard" in told[2] or b"failover" in told[2]
+    plain = [ask(connection, wire, text(window())) for _ in range(3)]
+    assert [b"ew_guard" in answer or b"failover" in answer for answer in plain] == [False] * 3
+    assert len(set(plain)) == 1
+    plan = side.server.plans.find(text(window()))
+    assert plan is not None
+    assert plan.serve is not None
+    assert plan.serve(text(window()), time.monotonic_ns(), wire.write) is None
+    side.close()
+
+
+# --- models of other shapes ------------------------------------------------------------------------------------
+PAIR, WHOLE = (-1, 2), (1, 2)
+
+
+def sums(folder: Path) -> Side:
+    """The service `sums`: an output of one row for any number of rows of two inputs."""
+    names, shape = ("x", "y"), ["rows", 2]
+    graph = model(
+        [
+            helper.make_node("Add", ["x", "y"], ["z"]),
+            helper.make_node("ReduceMax", ["z"], ["largest"], axes=[0], keepdims=1),
+        ],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in names],
+        [helper.make_tensor_value_info("largest", TensorProto.FLOAT, list(WHOLE))],
+    )
+    digest = save(graph, folder / "sums.onnx")
+    engine = EnginePlan(
+        engine="sums", version=1, digest="5" * 64, kind=EngineKind.ONNX, model_path=str(folder / "sums.onnx"),
+        model_sha256=digest, inputs=tuple(TensorPlan(name, "FP32", PAIR) for name in names),
+        outputs=(TensorPlan("largest", "FP32", WHOLE),),
+    )  # fmt: skip
+    return Side(service_plan(engine, service="sums", guard=None, labels=(), label_output=""), cached=True)
+
+
+def described(name: str, x: np.ndarray, *, binary: bool) -> dict[str, object]:
+    how = {"parameters": {"binary_data_size": x.nbytes}} if binary else {"data": x.ravel().tolist()}
+    return {"name": name, "datatype": "FP32", "shape": list(x.shape), **how}
+
+
+def summed(x: np.ndarray, y: np.ndarray, binary: tuple[bool, bool]) -> bytes:
+    tensors = [described("x", x, binary=binary[0]), described("y", y, binary=binary[1])]
+    document = {"inputs": tensors, "parameters": {"binary_data_output": any(binary)}}
+    numbers = b"".join(array.tobytes() for array, told in zip((x, y), binary, strict=True) if told)
+    return post("sums", json.dumps(document).encode(), numbers)
+
+
+@pytest.mark.parametrize("binary", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_however_the_inputs_come_the_answer_stays(tmp_path: Path, rows: int, binary: tuple[bool, bool]) -> None:
+    side = sums(tmp_path)
+    connection, wire = side.connect()
+    x, y = (np.arange(2 * rows, dtype=np.float32).reshape(rows, 2) + begin for begin in (1, 10))
+    answers = [ask(connection, wire, summed(x, y, binary)) for _ in range(4)]
+    assert b" 200 OK" in answers[0]
+    assert len(set(answers)) == 1
+    assert [record["rows"] for record in side.records() if record["row"] == "0"] == [str(rows)] * 4
+    side.close()
 
 
 # --- the cache -----------------------------------------------------------------------------------------------
