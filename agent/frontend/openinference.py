@@ -224,8 +224,10 @@ class OpenInference:
 
 
 def _parts(path: str) -> tuple[str, list[str]]:
-    """A path without its query, and the names it is made of."""
+    """A path without its query, and the names it is made of. It may be a whole address, as proxies write it."""
     path = path.partition("?")[0].rstrip("/")
+    if path[:7].lower() == "http://":
+        path = "/" + path[7:].partition("/")[2]
     parts = path.split("/")[1:]
     return path, [unquote(part) for part in parts] if "%" in path else parts
 

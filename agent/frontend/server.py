@@ -389,7 +389,12 @@ class Connection(asyncio.Protocol):
             self._parse(data)
             return
         self.last_ns = now_ns = clock.monotonic_ns()
-        left = None if plan.serve is None else plan.serve(data, now_ns, self._transport.write)
+        try:
+            left = None if plan.serve is None else plan.serve(data, now_ns, self._transport.write)
+        except Exception as error:  # noqa: BLE001 - as behind the parser
+            self._plan = None
+            self._fail(error)
+            return
         if left is None and plan.serve is not None:
             return
         if isinstance(left, Left):
@@ -473,7 +478,7 @@ class Connection(asyncio.Protocol):
         key = name.decode("latin-1").lower()
         if key in ("host", "content-length", "inference-header-content-length") and key in self._headers:
             self._stop(400, f"the header {key} is given twice")
-        self._headers[key] = value.decode("latin-1")
+        self._headers[key] = value.decode("latin-1").rstrip(" \t")  # the parser keeps what follows a value
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -502,7 +507,8 @@ class Connection(asyncio.Protocol):
             self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
         self._reserved_bytes = self._size
         told = bool(self._inherited[0])  # by the process that had this connection before
-        if headers.get("expect", "").lower() == "100-continue" and self._size and not (self._pending or told):
+        expected = headers.get("expect", "").lower() == "100-continue" and version == "1.1"
+        if expected and self._size and not (self._pending or told):
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
@@ -675,11 +681,11 @@ class Connection(asyncio.Protocol):
         self._transport.write(pending.response)
         if not pending.closing:
             return
+        self._pending.clear()  # nothing may follow, not even the refusal of what came behind this request
         if self._discarding_since_ns:
             with contextlib.suppress(OSError):
                 self._transport.write_eof()
         else:
-            self._pending.clear()
             self._transport.close()
 
     def _balance(self) -> None:

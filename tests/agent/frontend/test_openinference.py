@@ -48,7 +48,16 @@ def text(response: HttpResponse) -> str:
     return error
 
 
-@pytest.mark.parametrize("path", ["/v2/models/nosuch/infer", "/v2/models/wrist/versions/9/infer"])
+@pytest.mark.parametrize("path", ["http://x/v2/repository/index", "HTTP://[::1]:80/v2/repository/index?a=/"])
+def test_a_path_may_come_as_a_whole_address(handler: OpenInference, path: str) -> None:
+    [response] = answers(handler, path, b"")
+    assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/v2/models/nosuch/infer", "/v2/models/wrist/versions/9/infer", "http://x/v2/models/wrist/versions/9/infer"],
+)
 def test_a_model_that_is_not_served_is_told_before_the_body_is_looked_at(handler: OpenInference, path: str) -> None:
     [response] = answers(handler, path, b"this is no JSON")
     assert response.status == 404

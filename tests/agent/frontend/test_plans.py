@@ -263,6 +263,24 @@ def test_however_the_inputs_come_the_answer_stays(tmp_path: Path, rows: int, bin
     side.close()
 
 
+def test_a_bug_on_the_short_way_is_told_and_costs_an_answer_not_more(side: Side) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async def story() -> None:
+        told: list[object] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(type(context["exception"])))
+        connection, wire = side.connect()
+        data = message(window())
+        side.server.plans.keep(Plan(data[:100], len(data), 1, fail, lambda *_: None, lambda: False))
+        answer = ask(connection, wire, data)
+        assert answer.startswith(b"HTTP/1.1 500")
+        assert b"Connection: close" in answer
+        assert told == [ZeroDivisionError]
+
+    run(story)
+
+
 # --- the cache -----------------------------------------------------------------------------------------------
 def plan(name: str, size_bytes: int) -> Plan:
     return Plan(name.encode(), size_bytes, 1, None, lambda *_: None, lambda: False)

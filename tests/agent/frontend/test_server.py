@@ -332,6 +332,36 @@ def test_a_client_that_asks_first_is_told_to_go_on(tmp_path: Path) -> None:
     play(tmp_path, story)
 
 
+def test_a_client_of_the_older_version_is_told_nothing_it_does_not_know(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        asking = b"POST /a HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\nhi"
+        assert (await stage.exchange(asking)).startswith(b"HTTP/1.1 200")
+
+    play(tmp_path, story)
+
+
+def test_blanks_behind_a_value_do_not_belong_to_it(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        head = b"Content-Length: 2 \r\nInference-Header-Content-Length: 1\t \r\nContent-Encoding: identity \r\n\r\n"
+        assert statuses(await stage.exchange(b"POST /a HTTP/1.1\r\n" + HEAD + head + b"hi")) == [200]
+        assert stage.handler.requests[0].headers["inference-header-content-length"] == "1"
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("behind", [b"no request\r\n\r\n", b"GET /b HTTP/1.1\r\n" + HEAD + b"\r\n"])
+def test_nothing_follows_the_answer_after_which_a_client_wanted_to_be_closed(tmp_path: Path, behind: bytes) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"Connection: close\r\n\r\n" + behind)
+        await until(lambda: stage.server.malformed)
+        stage.handler.held[0]()  # raises what it must not: the caller would lose its observation
+        assert statuses(await reader.read()) == [200]
+        writer.close()
+
+    play(tmp_path, story)
+
+
 def test_a_bug_in_a_handler_is_a_500_and_told_to_the_process_loop(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
         told: list[Any] = []
