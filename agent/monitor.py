@@ -39,7 +39,7 @@ from agent.decisions.events import (
     Event,
     Level,
 )
-from agent.drift import Finding, FixedPoint, GuardCounters, MomentWindow, Reference, RegimeMonitor
+from agent.drift import DriftMonitor, Finding, FixedPoint, GuardCounters, MomentWindow, Reference, drift_monitor
 from agent.drift.counters import HISTORY_ROWS
 from agent.drift.thinning import Allowance, Repetition
 from agent.observation import NO_ENGINE, Outcome
@@ -99,7 +99,7 @@ class Monitor:
         self._guards = GuardCounters(plan.channels, dict(plan.groups))
         self._repetition = Repetition(HISTORY_ROWS, len(BITS))
         self._guard_rows = Allowance(GUARD_ROWS_PER_S, GUARD_ROWS_AT_ONCE)
-        self._regimes = RegimeMonitor(reference) if reference else None
+        self._drift = drift_monitor(reference) if reference else None
         self._digest = reference.digest() if reference else ""
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
         self._drift_rows = Allowance(DRIFT_ROWS_PER_S, DRIFT_ROWS_AT_ONCE)
@@ -148,10 +148,9 @@ class Monitor:
             if channels:
                 text = f"{', '.join(channels)}: {kind}, as before {since}"
                 events.append(self._alarm(Finding(kind, raised=True, channels=channels, text=text)))
-        if self._regimes and self._regimes.raised:
-            channels = tuple(self._regimes.state()["raised"])
-            text = f"the input is outside every known regime, as before {since}"
-            events.append(self._alarm(Finding("drift", raised=True, channels=channels, text=text)))
+        if self._drift and self._drift.raised:
+            text = f"the input has drifted from its reference, as before {since}"
+            events.append(self._alarm(Finding("drift", raised=True, channels=self._drift.named(), text=text)))
         return events
 
     # --- what others read ---
@@ -170,19 +169,19 @@ class Monitor:
             "latency": {engine: _summary(sketch) for engine, sketch in self._lifetime.items()},
             "budget": {**self._budget.numbers(), "raised": float(self._budget.raised)} if self._budget else {},
             "guards": {kind: list(names) for kind, names in self._guards.statistics().items() if names},
-            "drift": self._regimes.statistics() if self._regimes else {},
+            "drift": self._drift.statistics() if self._drift else {},
         }
 
     def state(self) -> dict[str, Any]:
         """What a restart needs, as JSON."""
-        return {"guards": self._guards.state(), "regimes": self._regimes.state() if self._regimes else None}
+        return {"guards": self._guards.state(), "drift": self._drift.state() if self._drift else None}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; parts that belong to other channels or another reference start anew."""
         if self._guards.restore(state.get("guards") or {}):
             self._repetition.forget()
-        if self._regimes and state.get("regimes"):
-            self._regimes.restore(state["regimes"])
+        if self._drift and state.get("drift"):
+            self._drift.restore(state["drift"])
 
     # --- counting ---
     def _start_window(self) -> None:
@@ -278,7 +277,7 @@ class Monitor:
                 yield self._alarm(finding)
 
     def _drift_events(self, judged: Records) -> Iterator[Event]:
-        if self._regimes is None or self._moments is None or not len(judged):
+        if self._moments is None or not len(judged):
             return
         viewed = judged[judged["view_width"] == self._moments.fixed.width]
         features = viewed["view"][:, : self._moments.fixed.width].astype(np.float64)
@@ -288,22 +287,29 @@ class Monitor:
         self._moments = self._moments.add(features, viewed["predicted"], counted)
         first = self._span[0] if self._span else int(judged["sequence"][0])
         self._span = (first, int(judged["sequence"][-1]))
-        followed = self._drift_rows.thin(len(viewed), viewed["arrival_ns"])
-        self._count("rows_thinned", len(viewed) - len(viewed[followed]))
-        for row, predicted in zip(features[followed], viewed["predicted"][followed].tolist(), strict=True):
-            raised_rows = self._regimes.raised_rows
-            finding = self._regimes.update(row, predicted)
-            if finding:
-                yield self._alarm(finding)
-            elif raised_rows < PERSISTED_ROWS == self._regimes.raised_rows:  # a row may not count
-                yield self._persisting(self._regimes)
+        if self._drift:
+            followed = self._drift_rows.thin(len(viewed), viewed["arrival_ns"])
+            self._count("rows_thinned", len(viewed) - len(viewed[followed]))
+            yield from self._follow(self._drift, features[followed], viewed[followed])
 
-    def _persisting(self, regimes: RegimeMonitor) -> Event:
+    def _follow(self, drift: DriftMonitor, features: NDArray[Any], rows: Records) -> Iterator[Event]:
+        start = 0
+        while start < len(rows):
+            before = drift.raised_rows
+            # in pieces that end where a finding has lasted, so that what is said of it then is of that moment
+            piece = slice(start, start + (PERSISTED_ROWS - before if before < PERSISTED_ROWS else PERSISTED_ROWS))
+            found = drift.follow(features[piece], rows["predicted"][piece], rows["data_time_s"][piece])
+            yield from (self._alarm(finding) for _, finding in found)
+            if not found and before < PERSISTED_ROWS <= drift.raised_rows:  # a row may not count
+                yield self._persisting(drift)
+            start = piece.stop
+
+    def _persisting(self, drift: DriftMonitor) -> Event:
         open_guards = tuple(f"{kind}:{name}" for kind, names in self._guards.statistics().items() for name in names)
-        blame = regimes.blame()
+        blame = drift.blame()
         channels = tuple(sorted(blame, key=lambda name: -blame[name]))
         return DriftPersists(
-            self._plan.service, PERSISTED_ROWS, channels, open_guards, regimes.single_channel(), self._digest
+            self._plan.service, PERSISTED_ROWS, channels, open_guards, drift.single_channel(), self._digest
         )
 
     def _odd_rows(self, judged: Records) -> Counter[str]:

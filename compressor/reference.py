@@ -24,8 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.contract.errors import EdgewardenError
+from agent.drift import DriftMonitor, Finding, drift_monitor
+from agent.drift.models import RegimeModel
 from agent.drift.reference import Claim, Detectability, GuardStatistics, Reference
-from agent.drift.regimes import NAMING_ROWS, ClassResidual, RegimeDistance, RegimeMonitor
+from agent.drift.regimes import NAMING_ROWS, ClassResidual, RegimeDistance
 
 FOLDS: Final = 3
 STAY_ROWS: Final = 13
@@ -137,19 +139,22 @@ def build_reference(
         channel_of=channel_of,
         centre=_single(rows.features.mean(axis=0)),
         scale=_single(np.maximum(rows.features.std(axis=0), 1e-6)),
-        regime_means=_single(means),
-        covariance=_single(covariance),
-        class_means=_single(class_means),
-        class_covariance=_single(class_covariance),
         class_share=_single(np.bincount(rows.predicted, minlength=len(names.labels)) / len(rows)),
-        naming_scale=_single(_naming_scale(rows, class_means, class_covariance, channel_of)),
-        allowance=_single(allowance),
-        threshold=threshold,
-        # however wild, one row or two are not drift
-        score_cap=min(SCORE_CAP, float(allowance.min()) + threshold / FEWEST_ROWS),
         rows=len(rows),
         guard=guard,
         claim=Claim(0, 0, 0, 0, 0, CONFIDENCE, "nothing is claimed"),
+        regimes=RegimeModel(
+            columns=np.arange(len(names.features), dtype=np.int16),
+            regime_means=_single(means),
+            covariance=_single(covariance),
+            class_means=_single(class_means),
+            class_covariance=_single(class_covariance),
+            naming_scale=_single(_naming_scale(rows, class_means, class_covariance, channel_of)),
+            allowance=_single(allowance),
+            threshold=threshold,
+            # however wild, one row or two are not drift
+            score_cap=min(SCORE_CAP, float(allowance.min()) + threshold / FEWEST_ROWS),
+        ),
         settings={
             "multiple": multiple,
             "folds": float(FOLDS),
@@ -168,7 +173,7 @@ def measure_claim(
     With k alarms in M rows the 95 % upper bound of the rate is u_k / M, u_0 = 3 (rule of three). The orders
     share their windows: the bound is for new orders of windows like these, not for windows never seen.
     """
-    monitor = RegimeMonitor(reference)
+    monitor = _monitor(reference)
     generator = np.random.default_rng(SEED)
     alarms = 0
     for _ in range(orders):
@@ -183,16 +188,29 @@ def measure_claim(
     return Claim(per_alarm, total, len(held_out), orders, alarms, CONFIDENCE, f"{promise}: {counted} {source}")
 
 
-def alarm_rows(monitor: RegimeMonitor, rows: ViewRows) -> list[int]:
+def alarm_rows(monitor: DriftMonitor, rows: ViewRows) -> list[int]:
     """Row numbers at which a fresh run of the monitor raises; it is reset first and after each alarm."""
     monitor.reset()
     raised = []
     for index in range(len(rows)):
-        finding = monitor.update(rows.features[index], int(rows.predicted[index]))
-        if finding and finding.raised:
+        if _raises(monitor, rows, index):
             raised.append(index)
             monitor.reset()
     return raised
+
+
+def _monitor(reference: Reference) -> DriftMonitor:
+    monitor = drift_monitor(reference)
+    if monitor is None:
+        raise ValueError("a view that is watched only has no monitor")
+    return monitor
+
+
+def _raises(monitor: DriftMonitor, rows: ViewRows, index: int) -> Finding | None:
+    """The finding that begins at this row."""
+    one = slice(index, index + 1)
+    found = monitor.follow(rows.features[one], rows.predicted[one], np.full(1, np.nan))
+    return next((finding for _, finding in found if finding.raised), None)
 
 
 def measure_detectability(
@@ -209,7 +227,7 @@ def measure_detectability(
     faulty: the same windows as `clean`, row by row, under each fault; touched: channels the fault changes.
     """
     generator = np.random.default_rng(SEED + 1)
-    monitor = RegimeMonitor(reference)
+    monitor = _monitor(reference)
     lines = []
     for fault, rows in faulty.items():
         delays, named = [], []
@@ -233,15 +251,14 @@ def measure_detectability(
     return tuple(lines)
 
 
-def _one_run(monitor: RegimeMonitor, clean: ViewRows, faulty: ViewRows) -> tuple[float, str]:
+def _one_run(monitor: DriftMonitor, clean: ViewRows, faulty: ViewRows) -> tuple[float, str]:
     monitor.reset()
     for index in range(len(clean)):
-        finding = monitor.update(clean.features[index], int(clean.predicted[index]))
-        if finding and finding.raised:
+        if _raises(monitor, clean, index):
             monitor.reset()
     for index in range(len(faulty)):
-        finding = monitor.update(faulty.features[index], int(faulty.predicted[index]))
-        if finding and finding.raised:
+        finding = _raises(monitor, faulty, index)
+        if finding:
             return index + 1.0, finding.channels[0]
     return float("inf"), ""
 

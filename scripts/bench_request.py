@@ -26,7 +26,7 @@ from agent.blueprint import draw_up
 from agent.config import load_config
 from agent.contract.plan import ServicePlan
 from agent.contract.tensors import HEADER_LENGTH, Array, Tensor, write_tensors
-from agent.drift import RegimeMonitor, load_reference
+from agent.drift import drift_monitor, load_reference
 from agent.engine import OnnxEngine, load_golden
 from agent.frontend.openinference import OpenInference
 from agent.frontend.server import Connection, HttpRequest, Server
@@ -182,8 +182,10 @@ def subjects(path: _Inprocess, plan: ServicePlan) -> Subjects:
     assert plan.guard is not None
     guard = Guard(plan.guard)
     watch = guard.watch(window)
-    monitor = RegimeMonitor(load_reference(MODELS / "wrist-accel/reference.npz"))
-    features = engine.run({"window": window})["ew_view_channels"][0]
+    monitor = drift_monitor(load_reference(MODELS / "wrist-accel/reference.npz"))
+    assert monitor is not None
+    features = engine.run({"window": window})["ew_view_channels"][:1]
+    predicted, time_s = np.zeros(1, np.int64), np.full(1, np.nan)
     return {
         "bare session.run": _bare(model, plan, {"window": window}),
         "engine (pre-bound lane)": lambda: engine.run({"window": window}),
@@ -193,7 +195,7 @@ def subjects(path: _Inprocess, plan: ServicePlan) -> Subjects:
         ),
         "guard, with what it found": lambda: guard.check(window),
         "guard, whether it finds anything": watch,
-        "drift monitor, per window (agent process)": lambda: monitor.update(features, 0),
+        "drift monitor, per window (agent process)": lambda: monitor.follow(features, predicted, time_s),
     }
 
 

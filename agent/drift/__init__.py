@@ -3,11 +3,19 @@ the reference, no threads. Device and host run the same code; calibration replay
 
     views      window -> features              findings   what began or ended
     windows    exactly mergeable sums          counters   runs of broken input
-    reference  what is normal here             regimes    has the stream left it?
+    reference  what is normal here             regimes    has the stream left every known regime?
+    models     what a monitor compares with    archive    arrays as bytes and back
 """
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from agent.drift.counters import GuardCounters
 from agent.drift.findings import Finding
+from agent.drift.models import RegimeModel, Witness
 from agent.drift.reference import (
     Claim,
     Detectability,
@@ -23,15 +31,82 @@ from agent.drift.windows import FixedPoint, MomentWindow
 __all__ = [
     "Claim",
     "Detectability",
+    "DriftMonitor",
     "Finding",
     "FixedPoint",
     "GuardCounters",
     "GuardStatistics",
     "MomentWindow",
     "Reference",
+    "RegimeModel",
     "RegimeMonitor",
+    "Witness",
     "channel_features",
+    "drift_monitor",
     "dump_reference",
     "feature_names",
     "load_reference",
 ]
+
+
+class DriftMonitor(Protocol):
+    """Follows one stream against its reference; owned by one thread. What every kind of monitor can do."""
+
+    def follow(
+        self, features: NDArray[Any], predicted: NDArray[Any], time_s: NDArray[Any]
+    ) -> list[tuple[int, Finding]]:
+        """The next rows in order; (row number within them, what began or ended). Batching changes nothing.
+
+        features: (rows, features of the view); predicted: (rows,) class numbers, -1 = unknown; time_s: (rows,)
+        seconds of the data, NaN = not known.
+        """
+        ...
+
+    @property
+    def raised(self) -> bool:
+        """Whether a finding stands."""
+        ...
+
+    @property
+    def raised_rows(self) -> int:
+        """Rows since the finding that stands; 0 when none does."""
+        ...
+
+    def named(self) -> tuple[str, ...]:
+        """Channels (or features) of the finding that stands, the most suspicious first."""
+        ...
+
+    def blame(self) -> dict[str, float]:
+        """Channel -> its part in the finding that stands."""
+        ...
+
+    def single_channel(self) -> str:
+        """The one channel that carries the finding that stands; "" when it is several or nobody's fault."""
+        ...
+
+    def evidence(self) -> float:
+        """As a share of what raises; 1 raises."""
+        ...
+
+    def suspicion(self) -> dict[str, float]:
+        """Channel -> how odd it is now, the oddest first."""
+        ...
+
+    def statistics(self) -> dict[str, float]: ...
+
+    def state(self) -> dict[str, Any]:
+        """What a restart needs, as JSON."""
+        ...
+
+    def restore(self, state: dict[str, Any]) -> bool:
+        """Continue where `state` was taken; False (and unchanged) when it belongs to another reference."""
+        ...
+
+    def reset(self) -> None:
+        """Start anew; what was raised is forgotten without a finding."""
+        ...
+
+
+def drift_monitor(reference: Reference) -> DriftMonitor | None:
+    """The monitor this reference was built for; None when its view is watched only."""
+    return RegimeMonitor(reference) if reference.regimes else None

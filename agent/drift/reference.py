@@ -1,35 +1,32 @@
-"""What the monitor compares a stream with: made once by the compressor, carried as `reference.npz`.
+"""What the monitors compare a stream with: made once by the compressor, carried as `reference.npz`.
 
-The file is an ordinary npz (a zip of npy members, none compressed) that any numpy can open. It is written
-byte for byte the same for the same content, and read without numpy's own loader: sizes, types and shapes are
-checked before a single array is made, and nothing is ever unpickled.
+The file is an npz of `about` (JSON) and arrays (archive.py). Members of a model have its name before theirs:
+`regimes.covariance`, `stationary.centre`, `witness0.regime_means`. It is written byte for byte the same for the same
+content; reading checks every size, type, shape and number before anything is used.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import math
-import zipfile
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from agent.contract.errors import Corrupt, TooLarge
+from agent.drift.archive import HINT, dump_arrays, load_arrays
+from agent.drift.models import RegimeModel, Witness, channels_of
 from agent.drift.windows import FixedPoint
 
-FORMAT: Final = 1
+FORMAT: Final = 2
 MAX_REFERENCE_BYTES: Final = 512 * 1024
 MAX_FEATURES: Final = 128
 MAX_REGIMES: Final = 512
-_EPOCH: Final = (1980, 1, 1, 0, 0, 0)
-_HINT: Final = "The artifact must be built again."
+MAX_WITNESSES: Final = 4
 
 Array = NDArray[Any]
 
@@ -81,12 +78,14 @@ class GuardStatistics:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reference:
-    """features, channels, labels: names in order. groups: channel -> sensor group.
+    """What is common to every monitor of one view, and the models they watch with.
 
-    Arrays, float32 unless said: centre, scale (features,) of all reference rows; regime_means (regimes,
-    features); covariance (features, features) pooled within recordings; class_means (labels, features) and
-    class_covariance of the predicted classes; naming_scale (channels,); allowance (1 + channels,); class_share
-    (labels,); channel_of (features,) int16. `threshold` and `score_cap` are in units of the score.
+    features, channels, labels: names in order. groups: channel -> sensor group. channel_of: (features,) int16,
+    -1 = belongs to no single channel. centre, scale: (features,) float32 of all reference rows. class_share:
+    (labels,) float32. rows: reference rows.
+
+    At most one of `regimes` and `stationary` is set; with neither the view is followed and shown but never raises.
+    `watched`: features that are followed and shown but never raise.
     """
 
     features: tuple[str, ...]
@@ -96,18 +95,13 @@ class Reference:
     channel_of: Array
     centre: Array
     scale: Array
-    regime_means: Array
-    covariance: Array
-    class_means: Array
-    class_covariance: Array
     class_share: Array
-    naming_scale: Array
-    allowance: Array
-    threshold: float
-    score_cap: float
     rows: int
     guard: GuardStatistics
     claim: Claim
+    regimes: RegimeModel | None = None
+    watched: tuple[str, ...] = ()
+    witnesses: tuple[Witness, ...] = ()
     detectability: tuple[Detectability, ...] = ()
     settings: dict[str, float] = field(default_factory=dict)
 
@@ -120,8 +114,27 @@ class Reference:
         return hashlib.sha256(dump_reference(self)).hexdigest()
 
 
-_ARRAYS: Final = tuple(one.name for one in fields(Reference) if one.type == "Array")
-_NUMBERS: Final = ("threshold", "score_cap", "rows")
+# name -> (stored type, shape). d: features of the view; k: labels; for a model: w columns, c channels they belong to,
+# r regimes
+_COMMON: Final = {
+    "channel_of": ("<i2", "d"),
+    "centre": ("<f4", "d"),
+    "scale": ("<f4", "d"),
+    "class_share": ("<f4", "k"),
+}
+_REGIMES: Final = {
+    "columns": ("<i2", "w"),
+    "regime_means": ("<f4", "rw"),
+    "covariance": ("<f4", "ww"),
+    "class_means": ("<f4", "kw"),
+    "class_covariance": ("<f4", "ww"),
+    "naming_scale": ("<f4", "c"),
+    "allowance": ("<f4", "1+c"),
+}
+_REGIME_NUMBERS: Final = ("threshold", "score_cap")
+
+Members = dict[str, Array]
+Spec = Mapping[str, tuple[str, str]]
 
 
 def dump_reference(reference: Reference) -> bytes:
@@ -132,20 +145,23 @@ def dump_reference(reference: Reference) -> bytes:
         "channels": reference.channels,
         "groups": reference.groups,
         "labels": reference.labels,
+        "rows": reference.rows,
         "guard": asdict(reference.guard),
         "claim": asdict(reference.claim),
+        "watched": reference.watched,
         "detectability": [asdict(line) for line in reference.detectability],
         "settings": {name: float(value) for name, value in reference.settings.items()},
-        **{name: getattr(reference, name) for name in _NUMBERS},
+        "regimes": _regime_numbers(reference.regimes) if reference.regimes else None,
+        "witnesses": [{"engine": one.engine, **_regime_numbers(one.regimes)} for one in reference.witnesses],
     }
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    members = {"about": np.frombuffer(text, dtype=np.uint8)}
-    members |= {name: _stored(name, getattr(reference, name)) for name in _ARRAYS}
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(members):
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _EPOCH), _npy_bytes(members[name]))
-    return buffer.getvalue()
+    members = {"about": np.frombuffer(text, dtype=np.uint8), **_stored(reference, _COMMON)}
+    if reference.regimes:
+        members |= _stored(reference.regimes, _REGIMES, "regimes.")
+    for number, witness in enumerate(reference.witnesses):
+        members |= _stored(witness.regimes, _REGIMES, f"witness{number}.")
+        members |= _stored(witness, {"disagreement": ("<f4", "k")}, f"witness{number}.")
+    return dump_arrays(members)
 
 
 def load_reference(source: Path | bytes) -> Reference:
@@ -157,12 +173,12 @@ def load_reference(source: Path | bytes) -> Reference:
     """
     raw = source if isinstance(source, bytes) else _read(source)
     if len(raw) > MAX_REFERENCE_BYTES:
-        raise TooLarge(f"reference of {len(raw)} bytes is over {MAX_REFERENCE_BYTES}", hint=_HINT)
-    members = _members(raw)
+        raise TooLarge(f"reference of {len(raw)} bytes is over {MAX_REFERENCE_BYTES}", hint=HINT)
+    members = load_arrays(raw, needed=("about", *_COMMON), what="reference.npz")
     try:
         reference = _assemble(members)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise Corrupt(f"reference.npz: {type(error).__name__}: {error}", hint=_HINT) from None
+        raise Corrupt(f"reference.npz: {type(error).__name__}: {error}", hint=HINT) from None
     _check(reference)
     return reference
 
@@ -175,76 +191,60 @@ def _read(path: Path) -> bytes:
         raise Corrupt(f"cannot read {path}: {error.strerror}", hint="The artifact is incomplete.") from None
 
 
-def _stored(name: str, array: Array) -> Array:
-    kind = np.int16 if name == "channel_of" else np.float32
-    return np.ascontiguousarray(array, dtype=np.dtype(kind).newbyteorder("<"))
+def _regime_numbers(model: RegimeModel) -> dict[str, float]:
+    return {name: float(getattr(model, name)) for name in _REGIME_NUMBERS}
 
 
-def _npy_bytes(array: Array) -> bytes:
-    buffer = io.BytesIO()
-    npy.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
+def _stored(part: Any, spec: Spec, prefix: str = "") -> Members:
+    return {
+        prefix + name: np.ascontiguousarray(getattr(part, name), dtype=np.dtype(kind))
+        for name, (kind, _) in spec.items()
+    }
 
 
-def _members(raw: bytes) -> dict[str, Array]:
-    """The arrays of an npz, each within the bytes that are really there."""
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            names = [entry.filename for entry in archive.infolist()]
-            expected = {f"{name}.npy" for name in ("about", *_ARRAYS)}
-            if len(names) != len(set(names)) or not expected <= set(names):
-                raise Corrupt("reference.npz does not hold the arrays of a reference", hint=_HINT)
-            return {name.removesuffix(".npy"): _member(archive, name) for name in sorted(expected)}
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-        raise Corrupt(f"reference.npz is not a readable npz: {error}", hint=_HINT) from None
+def _taken(members: Members, spec: Spec, prefix: str = "") -> Members:
+    """A part's arrays by their own names. Raises: KeyError, ValueError."""
+    for name, (kind, _) in spec.items():
+        if members[prefix + name].dtype != np.dtype(kind):
+            raise ValueError(f"{prefix}{name} is {members[prefix + name].dtype}")
+    return {name: members[prefix + name] for name in spec}
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> Array:
-    entry = archive.getinfo(name)
-    # stored only: a compressed member could unpack to any size
-    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > MAX_REFERENCE_BYTES:
-        raise Corrupt(f"reference.npz: {name} is compressed or too large", hint=_HINT)
-    try:
-        return _parse_npy(archive.read(name))
-    except (ValueError, SyntaxError, TypeError, OverflowError) as error:
-        raise Corrupt(f"reference.npz: {name}: {error}", hint=_HINT) from None
-
-
-def _parse_npy(raw: bytes) -> Array:
-    """An array over exactly the bytes its header describes. Raises: ValueError and what numpy's header gives."""
-    file = io.BytesIO(raw)
-    if npy.read_magic(file) != (1, 0):
-        raise ValueError("unknown npy version")
-    shape, fortran, kind = npy.read_array_header_1_0(file)
-    content = file.read()
-    if fortran or kind.hasobject or len(content) != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"header says {shape} {kind} for {len(content)} bytes")
-    return np.frombuffer(content, dtype=kind).reshape(shape)
-
-
-def _assemble(members: Mapping[str, Array]) -> Reference:
+def _assemble(members: Members) -> Reference:
     if members["about"].dtype != np.uint8:
         raise ValueError("about is not text")
     about = json.loads(members["about"].tobytes())
     if about["format"] != FORMAT:
         raise ValueError(f"format {about['format']}, this agent reads {FORMAT}")
-    for name in _ARRAYS:
-        if members[name].dtype != _stored(name, np.zeros(0)).dtype:
-            raise ValueError(f"{name} is {members[name].dtype}")
+    if len(about["witnesses"]) > MAX_WITNESSES:
+        raise ValueError(f"{len(about['witnesses'])} witnesses")
     return Reference(
         features=_names(about["features"]),
         channels=_names(about["channels"]),
         groups={str(channel): str(group) for channel, group in about["groups"].items()},
         labels=_names(about["labels"]),
-        threshold=float(about["threshold"]),
-        score_cap=float(about["score_cap"]),
         rows=int(about["rows"]),
         guard=_guard(about["guard"]),
         claim=_claim(about["claim"]),
+        regimes=None if about["regimes"] is None else _regimes(about["regimes"], members, "regimes."),
+        watched=_names(about["watched"]),
+        witnesses=tuple(
+            Witness(
+                str(one["engine"]),
+                _regimes(one, members, f"witness{number}."),
+                **_taken(members, {"disagreement": ("<f4", "k")}, f"witness{number}."),
+            )
+            for number, one in enumerate(about["witnesses"])
+        ),
         detectability=tuple(_detectability(line) for line in about["detectability"]),
         settings={str(name): float(value) for name, value in about["settings"].items()},
-        **{name: members[name] for name in _ARRAYS},
+        **_taken(members, _COMMON),
     )
+
+
+def _regimes(numbers: Mapping[str, Any], members: Members, prefix: str) -> RegimeModel:
+    fields: dict[str, Any] = {name: float(numbers[name]) for name in _REGIME_NUMBERS}
+    return RegimeModel(**(fields | _taken(members, _REGIMES, prefix)))
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -287,26 +287,60 @@ def _guard(value: Mapping[str, Any]) -> GuardStatistics:
 def _check(reference: Reference) -> None:
     """Shapes fit the names, everything is finite, and what is divided by or factored can be."""
     d, c, k = len(reference.features), len(reference.channels), len(reference.labels)
-    regimes = len(reference.regime_means) if reference.regime_means.ndim else 0
-    shapes = {
-        "channel_of": (d,), "centre": (d,), "scale": (d,), "regime_means": (regimes, d), "covariance": (d, d),
-        "class_means": (k, d), "class_covariance": (d, d), "class_share": (k,), "naming_scale": (c,),
-        "allowance": (1 + c,),
-    }  # fmt: skip
-    wrong = [name for name, shape in shapes.items() if getattr(reference, name).shape != shape]
-    if wrong or not 0 < d <= MAX_FEATURES or not 0 < regimes <= MAX_REGIMES or not c or not k:
-        raise Corrupt(f"reference.npz: shapes do not fit: {', '.join(wrong) or 'empty or too many'}", hint=_HINT)
-    if not all(np.isfinite(getattr(reference, name)).all() for name in shapes):
-        raise Corrupt("reference.npz holds numbers that are not finite", hint=_HINT)
-    if sorted(set(reference.channel_of.tolist())) != list(range(c)) or set(reference.groups) != set(
-        reference.channels
-    ):
-        raise Corrupt("reference.npz: features and channels do not fit together", hint=_HINT)
-    positive = (reference.scale.min(), reference.naming_scale.min(), reference.threshold, reference.score_cap)
-    if not all(np.isfinite(value) and value > 0 for value in positive):
-        raise Corrupt("reference.npz: a scale or threshold is not positive", hint=_HINT)
+    if not 0 < d <= MAX_FEATURES or not k:
+        raise Corrupt("reference.npz: no features or labels, or too many", hint=HINT)
+    _check_arrays(reference, _COMMON, {"d": d, "k": k})
+    known = set(reference.channel_of.tolist()) - {-1}
+    if known != set(range(c)) or set(reference.groups) != set(reference.channels):
+        raise Corrupt("reference.npz: features and channels do not fit together", hint=HINT)
+    if not set(reference.watched) <= set(reference.features):
+        raise Corrupt("reference.npz watches features it does not have", hint=HINT)
+    _check_positive(reference.scale)
+    for model in _regime_models(reference):
+        _check_regimes(model, reference.channel_of, d, k)
+    for witness in reference.witnesses:
+        _check_arrays(witness, {"disagreement": ("<f4", "k")}, {"k": k})
+
+
+def _regime_models(reference: Reference) -> Iterator[RegimeModel]:
+    if reference.regimes:
+        yield reference.regimes
+    yield from (witness.regimes for witness in reference.witnesses)
+
+
+def _check_regimes(model: RegimeModel, channel_of: Array, d: int, k: int) -> None:
+    w = _check_columns(model.columns, d)
+    r = len(model.regime_means) if model.regime_means.ndim else 0
+    if not 0 < r <= MAX_REGIMES:
+        raise Corrupt(f"reference.npz: {r} regimes", hint=HINT)
+    present, _ = channels_of(model.columns, channel_of)
+    _check_arrays(model, _REGIMES, {"w": w, "c": len(present), "k": k, "r": r})
+    _check_positive(model.naming_scale)
+    _check_positive(np.array([model.threshold, model.score_cap]))
     for name in ("covariance", "class_covariance"):
         try:
-            np.linalg.cholesky(getattr(reference, name).astype(np.float64))
+            np.linalg.cholesky(getattr(model, name).astype(np.float64))
         except np.linalg.LinAlgError:
-            raise Corrupt(f"reference.npz: {name} is not a covariance", hint=_HINT) from None
+            raise Corrupt(f"reference.npz: {name} is not a covariance", hint=HINT) from None
+
+
+def _check_columns(columns: Array, d: int) -> int:
+    listed = columns.tolist() if columns.ndim == 1 else []
+    if not listed or len(set(listed)) != len(listed) or not 0 <= min(listed) <= max(listed) < d:
+        raise Corrupt("reference.npz: a model's columns are not features of the view", hint=HINT)
+    return len(listed)
+
+
+def _check_arrays(part: Any, spec: Spec, sizes: Mapping[str, int]) -> None:
+    for name, (_, axes) in spec.items():
+        array = getattr(part, name)
+        shape = (1 + sizes["c"],) if axes == "1+c" else tuple(sizes[axis] for axis in axes)
+        if array.shape != shape:
+            raise Corrupt(f"reference.npz: {name} is {array.shape} and should be {shape}", hint=HINT)
+        if not np.isfinite(array).all():
+            raise Corrupt(f"reference.npz: {name} holds numbers that are not finite", hint=HINT)
+
+
+def _check_positive(values: Array) -> None:
+    if not all(np.isfinite(value) and value > 0 for value in values.tolist()):
+        raise Corrupt("reference.npz: a scale or threshold is not positive", hint=HINT)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift.findings import Finding
+from agent.drift.models import RegimeModel, channels_of
 from agent.drift.reference import Reference
 
 NAMING_ROWS: Final = 8  # rows over which suspicion is averaged
@@ -43,7 +44,7 @@ class RegimeDistance:
         self, means: NDArray[Any], covariance: NDArray[Any], channel_of: NDArray[Any], *, cap: float
     ) -> None:
         """means: (regimes, features); covariance: (features, features), pooled within regimes; channel_of:
-        (features,) channel numbers from 0; cap: the largest score one row can get.
+        (features,) channel numbers from 0, -1 = in the total only; cap: the largest score one row can get.
         """
         self._means = np.asarray(means, dtype=np.float64)
         self._whitening = whitening(covariance)
@@ -96,14 +97,19 @@ class ClassResidual:
 class RegimeMonitor:
     """Follows one stream. Owned by one thread; `state` and `restore` carry it over a restart."""
 
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
+    def __init__(self, reference: Reference, model: RegimeModel | None = None) -> None:
+        """model: a witness's; else the reference's own. Raises: ValueError when it has none."""
+        model = model or reference.regimes
+        if model is None:
+            raise ValueError("this reference has no regimes")
+        present, channel_of = channels_of(model.columns, reference.channel_of)
+        self._model = model
         self._digest = reference.digest()
-        self._distance = RegimeDistance(
-            reference.regime_means, reference.covariance, reference.channel_of, cap=reference.score_cap
-        )
-        self._residual = ClassResidual(reference.class_means, reference.class_covariance, reference.channel_of)
-        self._components = ("total", *reference.channels)
+        self._channels = tuple(reference.channels[channel] for channel in present)
+        self._columns = np.asarray(model.columns, dtype=np.int64)
+        self._distance = RegimeDistance(model.regime_means, model.covariance, channel_of, cap=model.score_cap)
+        self._residual = ClassResidual(model.class_means, model.class_covariance, channel_of)
+        self._components = ("total", *self._channels)
         self._alarms = 0
         self._skipped = 0
         self.reset()
@@ -112,20 +118,33 @@ class RegimeMonitor:
         """Start anew, as after a switch or a repair; what was raised is forgotten without a finding."""
         self._cusum = np.zeros(len(self._components))
         self._climbing = np.zeros(len(self._components), dtype=np.int64)  # rows since that CUSUM was last 0
-        self._recent = np.zeros((0, len(self._reference.channels)))
-        self._raised: tuple[str, ...] = ()
-        self._blamed = np.zeros(len(self._reference.channels))  # squares since it was raised
+        self._recent = np.zeros((0, len(self._channels)))
+        self._raised: tuple[str, ...] | None = None  # the channels named; a model may have none to name
+        self._blamed = np.zeros(len(self._channels))  # squares since it was raised
         self._raised_rows = 0
         self._quiet = 0
         self._rows = 0
 
-    def update(self, features: NDArray[Any], predicted: int) -> Finding | None:
-        """One row. features: (features,) in the reference's order; predicted: class number, -1 = unknown.
+    def follow(
+        self, features: NDArray[Any], predicted: NDArray[Any], time_s: NDArray[Any]
+    ) -> list[tuple[int, Finding]]:
+        """The next rows, in order. features: (rows, features of the view); predicted: (rows,) class numbers, -1 =
+        unknown; time_s: (rows,), not used: regimes have no season.
 
-        Returns a finding when drift begins or ends. A row that is not finite is counted and skipped: broken
-        numbers are the guard's to judge.
+        Returns (row, finding) where drift begins or ends; cutting the rows into other batches changes nothing. A row
+        that is not finite is counted and skipped: broken numbers are the guard's to judge.
         """
-        row = np.asarray(features, dtype=np.float64).reshape(1, -1)
+        del time_s
+        rows = np.asarray(features, dtype=np.float64)[:, self._columns]
+        found = []
+        for number, label in enumerate(np.asarray(predicted).tolist()):
+            finding = self._follow_row(rows[number : number + 1], label)
+            if finding:
+                found.append((number, finding))
+        return found
+
+    def _follow_row(self, row: Floats, predicted: int) -> Finding | None:
+        # one row at a time: a product of several rows may differ from theirs in the last bits
         if not np.isfinite(row).all():
             self._skipped += 1
             return None
@@ -133,14 +152,18 @@ class RegimeMonitor:
         self._climb(self._distance.scores(row)[0])
         squares = self._residual.squares(row, np.array([predicted]))
         self._recent = np.concatenate([self._recent, squares])[-NAMING_ROWS:]
-        if self._raised:
+        if self.raised:
             self._raised_rows += 1
             self._blamed += squares[0]
         return self._judge()
 
     @property
     def raised(self) -> bool:
-        return bool(self._raised)
+        return self._raised is not None
+
+    def named(self) -> tuple[str, ...]:
+        """The channels of the finding that stands, the most suspicious first."""
+        return self._raised or ()
 
     @property
     def raised_rows(self) -> int:
@@ -149,8 +172,8 @@ class RegimeMonitor:
 
     def blame(self) -> dict[str, float]:
         """Channel -> mean suspicion over all rows since the finding; 1 is the reference's 90 % quantile."""
-        mean = self._blamed / max(1, self._raised_rows) / self._reference.naming_scale
-        return {name: float(value) for name, value in zip(self._reference.channels, mean, strict=True)}
+        mean = self._blamed / max(1, self._raised_rows) / self._model.naming_scale
+        return {name: float(value) for name, value in zip(self._channels, mean, strict=True)}
 
     def single_channel(self) -> str:
         """The one channel that carries the finding that stands; "" when it is several or nobody's fault.
@@ -158,13 +181,13 @@ class RegimeMonitor:
         Over 64 rows of the wrist data a channel with noise of 0.5 g or a gain of 0.3 stands out by 5 to 10 times, the
         worst channel of a new wearer by less than 2. A milder fault of one channel is not told from a new wearer.
         """
-        first, second, *_ = *sorted(self.blame().items(), key=lambda item: -item[1]), ("", 0.0)
+        first, second, *_ = *sorted(self.blame().items(), key=lambda item: -item[1]), ("", 0.0), ("", 0.0)
         stands_out = first[1] >= LEAST_BLAME and second[1] <= NAMED_SHARE * first[1]
-        return first[0] if self._raised and stands_out else ""
+        return first[0] if self.raised and stands_out else ""
 
     def evidence(self) -> float:
         """Largest CUSUM as a share of the threshold; 1 raises."""
-        return float(self._cusum.max() / self._reference.threshold)
+        return float(self._cusum.max() / self._model.threshold)
 
     def suspicion(self) -> dict[str, float]:
         """Channel -> how far it is from the predicted class, mean of the last rows; 1 is the reference's 90 %
@@ -172,14 +195,14 @@ class RegimeMonitor:
         """
         if not len(self._recent):
             return {}
-        ratio = self._recent.mean(axis=0) / self._reference.naming_scale
+        ratio = self._recent.mean(axis=0) / self._model.naming_scale
         order = np.argsort(-ratio, kind="stable")
-        return {self._reference.channels[index]: float(ratio[index]) for index in order}
+        return {self._channels[index]: float(ratio[index]) for index in order}
 
     def statistics(self) -> dict[str, float]:
         """rows, skipped, alarms, raised (0 or 1), raised_rows, evidence, each component's share of the threshold."""
         shares = {
-            f"evidence:{name}": float(value / self._reference.threshold)
+            f"evidence:{name}": float(value / self._model.threshold)
             for name, value in zip(self._components, self._cusum, strict=True)
         }
         return {
@@ -199,7 +222,7 @@ class RegimeMonitor:
             "cusum": self._cusum.tolist(),
             "climbing": self._climbing.tolist(),
             "recent": self._recent.tolist(),
-            "raised": list(self._raised),
+            "raised": None if self._raised is None else list(self._raised),
             "raised_rows": self._raised_rows,
             "blamed": self._blamed.tolist(),
             "quiet": self._quiet,
@@ -214,8 +237,8 @@ class RegimeMonitor:
             return False
         self._cusum = np.array(state["cusum"], dtype=np.float64)
         self._climbing = np.array(state["climbing"], dtype=np.int64)
-        self._recent = np.array(state["recent"], dtype=np.float64).reshape(-1, len(self._reference.channels))
-        self._raised = tuple(state["raised"])
+        self._recent = np.array(state["recent"], dtype=np.float64).reshape(-1, len(self._channels))
+        self._raised = None if state["raised"] is None else tuple(state["raised"])
         self._raised_rows = int(state["raised_rows"])
         self._blamed = np.array(state["blamed"], dtype=np.float64)
         self._quiet, self._rows = int(state["quiet"]), int(state["rows"])
@@ -224,27 +247,27 @@ class RegimeMonitor:
 
     def _climb(self, scores: Floats) -> None:
         # held at the threshold: how long a fault lasted must not decide how long its end takes to be seen
-        climbed = np.maximum(0.0, self._cusum + scores - self._reference.allowance)
-        self._cusum = np.minimum(climbed, self._reference.threshold)
+        climbed = np.maximum(0.0, self._cusum + scores - self._model.allowance)
+        self._cusum = np.minimum(climbed, self._model.threshold)
         self._climbing = np.where(self._cusum > 0, self._climbing + 1, 0)
 
     def _judge(self) -> Finding | None:
         evidence = self.evidence()
-        if not self._raised:
+        if not self.raised:
             return self._raise() if evidence >= 1.0 else None
         self._quiet = self._quiet + 1 if evidence < REARM_SHARE else 0
         return self._clear() if self._quiet >= REARM_ROWS else None
 
     def _raise(self) -> Finding:
         suspicion = self.suspicion()
-        strongest = next(iter(suspicion.values()))
+        strongest = max(suspicion.values(), default=0.0)
         self._raised = tuple(
             name
             for position, (name, ratio) in enumerate(suspicion.items())
             if position == 0 or ratio >= max(1.0, NAMED_SHARE * strongest)
         )
         self._quiet = self._raised_rows = 0
-        self._blamed = np.zeros(len(self._reference.channels))
+        self._blamed = np.zeros(len(self._channels))
         self._alarms += 1
         since = int(self._climbing[self._cusum.argmax()])
         return Finding(
@@ -253,11 +276,12 @@ class RegimeMonitor:
             channels=self._raised,
             numbers={"rows_since_change": float(since), "evidence": self.evidence()}
             | {f"suspicion:{name}": ratio for name, ratio in suspicion.items()},
-            text=f"the input left every known regime about {since} rows ago, most of all in {self._raised[0]}",
+            text=f"the input left every known regime about {since} rows ago"
+            + (f", most of all in {self._raised[0]}" if self._raised else ""),
         )
 
     def _clear(self) -> Finding:
-        channels, self._raised, self._quiet, self._raised_rows = self._raised, (), 0, 0
+        channels, self._raised, self._quiet, self._raised_rows = self.named(), None, 0, 0
         return Finding(
             kind="drift",
             raised=False,
@@ -280,7 +304,8 @@ def block_whitening(covariance: NDArray[Any], channel_of: NDArray[Any]) -> Float
 
 
 def channel_share(channel_of: NDArray[Any]) -> Floats:
-    """(features, channels): multiplying squares by it gives each channel's mean square."""
-    member = np.eye(int(channel_of.max()) + 1)[channel_of]
+    """(features, channels): multiplying squares by it gives each channel's mean square; -1 counts nowhere."""
+    channels = max(int(channel_of.max()) + 1, 0)
+    member = np.asarray(channel_of)[:, None] == np.arange(channels)
     share: Floats = np.asarray(member / member.sum(axis=0), dtype=np.float64)
     return share

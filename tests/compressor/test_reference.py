@@ -43,7 +43,7 @@ def test_the_same_rows_make_the_same_bytes(reference: Reference) -> None:
 def test_the_threshold_is_the_multiple_of_the_replays_largest_value(reference: Reference) -> None:
     rows = some_rows(6, seed=1)
     doubled = build_reference(rows, NAMES, guard=GUARD, held_out=rows, multiple=2 * MULTIPLE)
-    assert doubled.threshold == pytest.approx(2 * reference.threshold, rel=1e-3)
+    assert doubled.regimes.threshold == pytest.approx(2 * reference.regimes.threshold, rel=1e-3)
 
 
 def test_a_quiet_replay_claims_by_the_rule_of_three(reference: Reference) -> None:
@@ -69,7 +69,11 @@ def test_a_monitor_that_alarms_all_the_time_claims_nothing(reference: Reference)
 
 def test_a_lower_threshold_alarms_more_and_claims_less(reference: Reference) -> None:
     claims = [
-        measure_claim(replace(reference, threshold=share * reference.threshold), some_rows(6, seed=4), orders=4)
+        measure_claim(
+            replace(reference, regimes=replace(reference.regimes, threshold=share * reference.regimes.threshold)),
+            some_rows(6, seed=4),
+            orders=4,
+        )
         for share in (1.0, 0.3, 0.1, 0.05)
     ]
     alarms = [claim.alarms for claim in claims]
@@ -114,8 +118,8 @@ def test_a_recording_of_one_row_is_a_regime_but_is_not_replayed(reference: Refer
         np.append(rows.recordings, 99),
     )
     built = build_reference(lonely, NAMES, guard=GUARD, held_out=some_rows(6, seed=2))
-    assert len(built.regime_means) == len(reference.regime_means) + 1
-    assert built.threshold == pytest.approx(reference.threshold, rel=1e-3)
+    assert len(built.regimes.regime_means) == len(reference.regimes.regime_means) + 1
+    assert built.regimes.threshold == pytest.approx(reference.regimes.threshold, rel=1e-3)
 
 
 def test_folds_are_consecutive_in_time_within_each_recording() -> None:
@@ -126,7 +130,7 @@ def test_a_class_never_predicted_lies_at_the_middle_and_breaks_nothing() -> None
     names = channel_view_names(CHANNELS, {"ax": "accel", "gx": "gyro"}, ("walk", "rest", "never"))
     rows = some_rows(6, seed=1)
     built = build_reference(rows, names, guard=GUARD, held_out=some_rows(6, seed=2))
-    assert built.class_means[2] == pytest.approx(rows.features.mean(axis=0), rel=1e-5)
+    assert built.regimes.class_means[2] == pytest.approx(rows.features.mean(axis=0), rel=1e-5)
     assert built.class_share.tolist() == [0.5, 0.5, 0.0]
 
 

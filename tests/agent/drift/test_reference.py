@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.contract.errors import ArtifactError, Corrupt, TooLarge
-from agent.drift import Claim, Detectability, GuardStatistics, Reference, dump_reference, load_reference
+from agent.drift import (
+    Claim,
+    Detectability,
+    GuardStatistics,
+    Reference,
+    Witness,
+    drift_monitor,
+    dump_reference,
+    load_reference,
+)
 from agent.drift.reference import MAX_REFERENCE_BYTES
 
 
@@ -45,7 +54,7 @@ def test_what_was_written_is_read_and_is_the_same_bytes_again(reference: Referen
     assert dump_reference(again) == raw
     assert again.claim == reference.claim
     assert again.guard == reference.guard
-    assert np.array_equal(again.regime_means, reference.regime_means)
+    assert np.array_equal(again.regimes.regime_means, reference.regimes.regime_means)
 
 
 def test_a_file_and_its_bytes_are_the_same_reference(raw: bytes, tmp_path: Path) -> None:
@@ -81,13 +90,17 @@ def test_a_wrist_sized_reference_fits_in_24_kb(reference: Reference) -> None:
         channel_of=np.repeat(np.arange(6), 4),
         centre=np.zeros(d),
         scale=np.ones(d),
-        regime_means=np.zeros((regimes, d)),
-        covariance=np.eye(d),
-        class_means=np.zeros((7, d)),
-        class_covariance=np.eye(d),
         class_share=np.full(7, 1 / 7),
-        naming_scale=np.ones(6),
-        allowance=np.ones(7),
+        regimes=replace(
+            reference.regimes,
+            columns=np.arange(d),
+            regime_means=np.zeros((regimes, d)),
+            covariance=np.eye(d),
+            class_means=np.zeros((7, d)),
+            class_covariance=np.eye(d),
+            naming_scale=np.ones(6),
+            allowance=np.ones(7),
+        ),
         guard=GuardStatistics(
             {"accel": (0.1, 2.0), "gyro": (0.1, 3.0)},
             dict.fromkeys(channels, 1 / 3),
@@ -127,12 +140,18 @@ HUGE = {"descr": "<f4", "fortran_order": False, "shape": (2**40, 2**20)}
         ("centre.npy", np.full(12, np.nan, dtype="<f4")),
         ("centre.npy", np.array([None] * 12)),
         ("scale.npy", np.zeros(12, dtype="<f4")),
-        ("regime_means.npy", np.zeros((0, 12), dtype="<f4")),
-        ("regime_means.npy", np.zeros(12, dtype="<f4")),
-        ("regime_means.npy", np.float32(1.0)),
-        ("covariance.npy", -np.eye(12, dtype="<f4")),
+        ("regimes.regime_means.npy", np.zeros((0, 12), dtype="<f4")),
+        ("regimes.regime_means.npy", np.zeros(12, dtype="<f4")),
+        ("regimes.regime_means.npy", np.float32(1.0)),
+        ("regimes.covariance.npy", -np.eye(12, dtype="<f4")),
+        ("regimes.covariance.npy", None),
+        ("regimes.columns.npy", np.zeros(12, dtype="<i2")),
+        ("regimes.columns.npy", np.arange(1, 13, dtype="<i2")),
+        ("regimes.columns.npy", np.arange(11, dtype="<i2")),
+        ("regimes.columns.npy", np.zeros((12, 1), dtype="<i2")),
+        ("channel_of.npy", np.full(12, -2, dtype="<i2")),
         ("channel_of.npy", np.zeros(12, dtype="<i2")),
-        ("allowance.npy", np.zeros(3, dtype="<f4")),
+        ("regimes.allowance.npy", np.zeros(3, dtype="<f4")),
         ("about.npy", np.frombuffer(b"{}", dtype=np.uint8)),
         ("about.npy", np.frombuffer(b"[" * 100_000, dtype=np.uint8)),
         ("about.npy", np.frombuffer(b"\xff", dtype=np.uint8)),
@@ -163,12 +182,10 @@ def test_a_compressed_member_is_refused_before_it_is_unpacked(raw: bytes) -> Non
 @pytest.mark.parametrize(
     "change",
     [
-        {"threshold": 0.0},
-        {"threshold": -1.0},
-        {"score_cap": 0.0},
         {"channels": ("ax", "ay")},
         {"labels": ()},
         {"groups": {"ax": "accel"}},
+        {"watched": ("nothing",)},
     ],
 )
 def test_a_reference_that_cannot_work_is_corrupt(reference: Reference, change: dict) -> None:
@@ -176,12 +193,36 @@ def test_a_reference_that_cannot_work_is_corrupt(reference: Reference, change: d
         load_reference(dump_reference(replace(reference, **change)))
 
 
+@pytest.mark.parametrize("change", [{"threshold": 0.0}, {"threshold": -1.0}, {"score_cap": 0.0}])
+def test_regimes_that_cannot_work_are_corrupt(reference: Reference, change: dict) -> None:
+    with pytest.raises(Corrupt):
+        load_reference(dump_reference(replace(reference, regimes=replace(reference.regimes, **change))))
+
+
+def test_a_watched_view_has_no_model_and_no_monitor(reference: Reference) -> None:
+    watched = load_reference(dump_reference(replace(reference, regimes=None, watched=reference.features[:2])))
+    assert (watched.regimes, watched.watched, drift_monitor(watched)) == (None, reference.features[:2], None)
+
+
+def test_witnesses_are_read_as_they_were_written(reference: Reference) -> None:
+    witness = Witness("wrist-gyro", reference.regimes, np.array([0.25, 0.5], dtype=np.float32))
+    raw = dump_reference(replace(reference, witnesses=(witness,)))
+    again = load_reference(raw)
+    assert dump_reference(again) == raw
+    assert again.witnesses[0].engine == "wrist-gyro"
+    assert again.witnesses[0].disagreement.tolist() == [0.25, 0.5]
+    with pytest.raises(Corrupt):
+        load_reference(dump_reference(replace(reference, witnesses=(replace(witness, disagreement=np.zeros(3)),))))
+    with pytest.raises(Corrupt, match="witnesses"):
+        load_reference(dump_reference(replace(reference, witnesses=(witness,) * 5)))
+
+
 def test_a_newer_format_is_refused(raw: bytes) -> None:
     with zipfile.ZipFile(io.BytesIO(raw)) as archive:
         about = archive.read("about.npy")
     text = about[about.index(b"\n") + 1 :]
-    newer = np.frombuffer(text.replace(b'"format":1', b'"format":2'), dtype=np.uint8)
-    with pytest.raises(Corrupt, match="format 2"):
+    newer = np.frombuffer(text.replace(b'"format":2', b'"format":3'), dtype=np.uint8)
+    with pytest.raises(Corrupt, match="format 3"):
         load_reference(rewritten(raw, {"about.npy": newer}))
 
 

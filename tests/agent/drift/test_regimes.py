@@ -1,20 +1,19 @@
+import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drift import Finding, Reference, RegimeMonitor
+from agent.drift import Finding, Reference, RegimeMonitor, dump_reference, load_reference
 from agent.drift.regimes import REARM_ROWS, ClassResidual, RegimeDistance
 
 
 def feed(monitor: RegimeMonitor, features: np.ndarray, predicted: np.ndarray) -> list[tuple[int, Finding]]:
-    return [
-        (number, finding)
-        for number, (row, label) in enumerate(zip(features, predicted, strict=True), start=1)
-        if (finding := monitor.update(row, int(label))) is not None
-    ]
+    found = monitor.follow(features, predicted, np.full(len(features), np.nan))
+    return [(number + 1, finding) for number, finding in found]
 
 
 def broken_gx(features: np.ndarray) -> np.ndarray:
@@ -84,7 +83,7 @@ def test_an_excursion_is_blamed_on_the_channel_that_carries_it(stream, reference
 def test_an_excursion_of_every_channel_is_nobodys_fault(stream, reference: Reference) -> None:
     monitor = RegimeMonitor(reference)
     rows = stream.rows(20, seed=12)
-    spread = np.sqrt(np.diag(reference.covariance))
+    spread = np.sqrt(np.diag(reference.regimes.covariance))
     feed(monitor, rows.features + 4 * spread, rows.predicted)
     assert monitor.raised_rows > 64
     assert monitor.single_channel() == ""
@@ -100,7 +99,7 @@ def test_blame_ends_with_the_finding(stream, reference: Reference) -> None:
 def test_a_row_that_is_not_finite_is_skipped_and_counted(reference: Reference) -> None:
     monitor = RegimeMonitor(reference)
     row = np.full(len(reference.features), np.nan)
-    assert monitor.update(row, 0) is None
+    assert feed(monitor, row[None], np.zeros(1, int)) == []
     assert (monitor.statistics()["skipped"], monitor.statistics()["rows"]) == (1.0, 0.0)
 
 
@@ -123,6 +122,59 @@ def test_a_restart_in_between_changes_nothing(stream, reference: Reference, cut:
     after = feed(second, features[cut:], rows.predicted[cut:])
     assert before + [(number + cut, finding) for number, finding in after] == expected
     assert second.state() == whole.state()
+
+
+@given(cuts=st.lists(st.integers(0, 160), max_size=5))
+def test_cutting_the_rows_into_other_batches_changes_nothing(stream, reference: Reference, cuts: list[int]) -> None:
+    rows = stream.rows(10, seed=17)
+    features = np.concatenate([rows.features[:60], broken_gx(rows.features[60:100]), rows.features[100:]])
+    whole, cut = RegimeMonitor(reference), RegimeMonitor(reference)
+    expected = feed(whole, features, rows.predicted)
+    found = [
+        (number + first, finding)
+        for first, last in itertools.pairwise([0, *sorted(cuts), 160])
+        for number, finding in feed(cut, features[first:last], rows.predicted[first:last])
+    ]
+    assert found == expected
+    assert cut.state() == whole.state()
+
+
+def test_a_model_of_some_columns_names_only_the_channels_they_belong_to(stream, reference: Reference) -> None:
+    """As a witness's: the third channel's features belong to none of the channels, the second's are not looked at."""
+    columns = np.array([0, 1, 2, 3, 8, 9, 10, 11])
+    own = reference.regimes
+    model = replace(
+        own,
+        columns=columns.astype(np.int16),
+        regime_means=own.regime_means[:, columns],
+        covariance=own.covariance[np.ix_(columns, columns)],
+        class_means=own.class_means[:, columns],
+        class_covariance=own.class_covariance[np.ix_(columns, columns)],
+        naming_scale=own.naming_scale[:1],
+        allowance=own.allowance[:2],
+    )
+    channel_of = np.array([0] * 4 + [1] * 4 + [-1] * 4, dtype=np.int16)
+    monitor = RegimeMonitor(replace(reference, channel_of=channel_of), model)
+    rows = stream.rows(20, seed=12)
+    moved = rows.features.copy()
+    moved[:, 4:8] += 1e3
+    assert feed(monitor, moved, rows.predicted) == []
+    assert [name for name in monitor.statistics() if name.startswith("evidence:")] == [
+        "evidence:total",
+        "evidence:ax",
+    ]
+    ((_, finding),) = feed(monitor, broken_gx(rows.features), rows.predicted)
+    assert set(finding.channels) <= {"ax"}
+    assert monitor.raised
+
+
+def test_a_model_of_no_channel_raises_and_names_none(stream, reference: Reference) -> None:
+    model = replace(reference.regimes, naming_scale=np.zeros(0), allowance=reference.regimes.allowance[:1])
+    nowhere = replace(reference, channels=(), groups={}, channel_of=np.full(12, -1, dtype=np.int16), regimes=model)
+    monitor = RegimeMonitor(load_reference(dump_reference(nowhere)))
+    rows = stream.rows(20, seed=12)
+    ((_, finding),) = feed(monitor, broken_gx(rows.features), rows.predicted)
+    assert (finding.raised, finding.channels, monitor.single_channel(), monitor.raised) == (True, (), "", True)
 
 
 def test_state_of_another_reference_is_not_taken(reference: Reference) -> None:
