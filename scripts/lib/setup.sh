@@ -8,7 +8,7 @@ EW_VENV=${EDGEWARDEN_VENV:-$EW_ROOT/.venv}
 EW_CALLER_PWD=$PWD
 EW_DIM="" EW_RED="" EW_PLAIN="" # colours only for a terminal
 if [ -t 2 ]; then EW_DIM=$'\033[2m' EW_RED=$'\033[31m' EW_PLAIN=$'\033[0m'; fi
-EW_NEED_MB=2600 # virtual environment with torch (CPU), measured 1,700 MB, and pip's temporary files
+EW_NEED_MB=2600 # virtual environment with torch (CPU), measured 1,500 MB, and pip's temporary files
 
 ew_say() { printf '%s[set-up]%s %s\n' "$EW_DIM" "$EW_PLAIN" "$*" >&2; }
 ew_die() {
@@ -60,7 +60,7 @@ ew_setup_venv() {
   if [ ! -d "$EW_VENV" ] && [ "$free_mb" -lt "$EW_NEED_MB" ]; then
     ew_die "$(dirname "$EW_VENV") has $free_mb MB free, $EW_NEED_MB MB are needed. Free some space or set EDGEWARDEN_VENV to a folder on another disk."
   fi
-  ew_say "virtual environment in $EW_VENV with the packages pinned in constraints.txt (about 1.7 GB, torch is half of it)"
+  ew_say "virtual environment in $EW_VENV with the packages pinned in constraints.txt (about 1.5 GB, torch is half of it)"
   if [ ! -x "$EW_VENV/bin/python" ] && ! "$python" -m venv "$EW_VENV" >/dev/null 2>&1; then
     ew_say "Python's venv module is missing; installing Debian's python3-venv"
     rm -rf "$EW_VENV"
@@ -80,10 +80,24 @@ ew_pip() {
   local log=$1 what=$2
   shift 2
   ew_say "installing $what"
-  "$EW_VENV/bin/python" -m pip install --disable-pip-version-check --no-input -q -c "$EW_ROOT/constraints.txt" "$@" >"$log" 2>&1 || {
+  ew_tell_growth &
+  local teller=$! ok=yes
+  "$EW_VENV/bin/python" -m pip install --disable-pip-version-check --no-input -q -c "$EW_ROOT/constraints.txt" "$@" >"$log" 2>&1 || ok=no
+  { kill "$teller" && wait "$teller"; } 2>/dev/null || true
+  if [ "$ok" = no ]; then
     grep -v WARNING "$log" | tail -n 8 >&2
     ew_die "pip could not install $what. Check the network and the package index, then run this again; the whole output is in $log"
-  }
+  fi
+}
+
+# While pip is silent: every few seconds, how large the virtual environment is by now. Ends with the script.
+ew_tell_growth() {
+  exec 9>&- >/dev/null # neither the lock nor a pipe of the script's is held by what may end a second later
+  local ticks=0
+  while sleep 1 2>/dev/null && kill -0 $$ 2>/dev/null; do
+    ticks=$((ticks + 1))
+    if [ $((ticks % 5)) = 0 ]; then ew_say "  $ticks s, $(du -sm "$EW_VENV" 2>/dev/null | cut -f1) MB so far"; fi
+  done
 }
 
 # Debian's mosquitto, for brokers of our own on loopback. Never leaves the package's system service running.
