@@ -18,7 +18,7 @@ from tests.models import LENGTH, engine_plan, floor_plan, service_plan, window, 
 from tests.processes import RunningWorker, Sockets
 
 pytestmark = pytest.mark.system
-QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 ROW_BYTES = LENGTH * 3 * 4
 
 

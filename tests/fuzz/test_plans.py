@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.models import engine_plan, floor_plan, guard_plan, service_plan, window
 from tests.wires import Side, message
 
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module", params=["plain", "guarded"])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tests.models import LENGTH, engine_plan, floor_plan, guard_plan, service_plan, window
 from tests.wires import Side
 
-QUICK = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def text(data: Any, *, shape: list[Any] | None = None, headers: str = "", name: str = "window", **more: Any) -> bytes:
