@@ -145,8 +145,11 @@ class Conductor:
     def begin(self) -> None:
         """Say who we are and let the supervisor ask for the first worker."""
         parts = self._parts
-        names, boot = ", ".join(parts.supervisor.services), parts.outbox.boot
-        parts.journal.notice("agent.started", f"Edgewarden {VERSION} serves {names}", boot=boot, pid=parts.process_id)
+        names, addresses = ", ".join(parts.supervisor.services), ", ".join(parts.doors.addresses)
+        parts.journal.notice(
+            "agent.started", f"Edgewarden {VERSION} serves {names} on {addresses}",
+            boot=parts.outbox.boot, pid=parts.process_id,
+        )  # fmt: skip
         parts.notifier.starting(parts.config.worker.start_timeout_s + 10.0)
         self.reporter.presence("online", "started")
         self.tell_birth()

@@ -124,6 +124,8 @@ def _read_csv(path: Path) -> Array:
         lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
     if lines and any(cell.strip() and not _is_number(cell) for cell in lines[0]):
         lines = lines[1:]
+    if lines and all(len(line) == 1 and ";" in line[0] for line in lines):
+        raise ValueError("its columns are separated by semicolons; commas are wanted")
     if len({len(line) for line in lines}) != 1:
         raise ValueError("its lines have different numbers of columns, or there are none")
     return np.array([[float(cell) for cell in line] for line in lines])
@@ -149,7 +151,7 @@ def _fit(array: Array, wanted: Wanted, path: Path, *, batched: bool) -> Array:
     if shaped is None or not (shaped.size or not batched):
         raise InvalidRequest(
             f"{path} has the shape {list(array.shape)}, input '{wanted.name}' takes {list(wanted.shape)}",
-            hint="-1 stands for any number of rows." if batched else "",
+            hint=_shape_hint(array, wanted) if batched else "",
         )
     if texts:
         return shaped.astype(np.str_).astype(object)
@@ -175,6 +177,13 @@ def _in_rows(array: Array, inner: tuple[int, ...]) -> Array | None:
     if _matches(array.shape, inner):
         return array[None]
     return array.reshape(-1, *inner) if _is_lines_of(array, inner) else None
+
+
+def _shape_hint(array: Array, wanted: Wanted) -> str:
+    """What to do about an array that is no rows: lines of samples may only be too few or too many."""
+    if len(wanted.shape) == 3 and array.ndim == 2 and array.shape[1] == wanted.shape[2] > 0 and wanted.shape[1] > 0:
+        return f"Lines of samples are cut into rows of {wanted.shape[1]}: give a multiple of that."
+    return "-1 stands for any number of rows."
 
 
 def _is_lines_of(array: Array, inner: tuple[int, ...]) -> bool:

@@ -50,6 +50,7 @@ def status(sources: Sources) -> dict[str, Any]:
             "started_at": sources.parts.started_at,
             "uptime_s": wall_s() - sources.parts.started_at,
             "config": str(sources.parts.config_file),
+            "addresses": sources.parts.doors.addresses,
         },
         "device": {
             "id": config.device.id,

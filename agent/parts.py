@@ -32,7 +32,7 @@ from agent.ota.installer import Installer, Site
 from agent.ota.slots import POINTER, Pointer, Slots
 from agent.outbox import Outbox
 from agent.session import Broker, Will, make_tls
-from agent.sockets import listen_tcp, listen_unix
+from agent.sockets import address_of, listen_tcp, listen_unix
 from agent.store import Store
 from agent.systemd import Manager, Notifier, read_environment
 from agent.vitals import Vitals
@@ -49,6 +49,11 @@ class Doors:
     serving: tuple[socket.socket, ...]
     admin: socket.socket
     files: tuple[Path, ...]
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where clients are served."""
+        return [address_of(listener) for listener in self.serving]
 
     def close(self) -> None:
         for listener in (*self.serving, self.admin):

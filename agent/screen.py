@@ -78,6 +78,7 @@ def _head(status: Document, look: Look) -> Iterator[str]:
     losses = f" · {worker['losses']} lost in the last minute" if worker["losses"] else ""
     text = state if serving else f"no worker serves ({worker['phase']})"
     yield _row("worker", look.paint(text, "" if serving else "red") + look.paint(losses, "yellow"))
+    yield _row("clients", "ask on " + ", ".join(agent["addresses"]))
     if status.get("faults"):
         yield _row("", look.paint(f"{status['faults']} faults of the agent itself; see its log", "red"))
 

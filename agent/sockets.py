@@ -94,6 +94,15 @@ def is_answered(path: Path) -> bool:
     return True
 
 
+def address_of(listener: socket.socket) -> str:
+    """What a client is told to reach a listening socket: "unix:/path" or "host:port", as `agent.client` takes it."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{os.fsdecode(name)}".replace("\0", "@")  # an abstract name has no path
+    host, port = name[:2]
+    return f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
+
+
 def client_of(connection: Any) -> str:
     """Who is at the other end of an accepted socket: a process of this device, else an address; empty = unknown.
 

@@ -45,6 +45,8 @@ class EdgewardenError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(hint)  # a program's traceback says what to do as well
 
     def sentence(self) -> str:
         """One line for a person: what happened, then what to do."""

@@ -48,6 +48,7 @@ _JSON_TYPES: dict[str, set[type]] = {
     "f": {int, float},
     "O": {str},
 }  # by kind of the dtype
+_JSON_NAMES = {type(None): "null", str: "text", dict: "objects", list: "lists"}  # what JSON calls them
 _LENGTH = struct.Struct("<I")
 
 
@@ -252,7 +253,7 @@ def _check_types(name: str, datatype: str, flat: list[Any]) -> None:
     kind = DATATYPES[datatype].kind
     foreign = {type(value) for value in flat}.difference(_JSON_TYPES[kind])
     if foreign:
-        names = ", ".join(sorted(foreigner.__name__ for foreigner in foreign))
+        names = ", ".join(sorted(_JSON_NAMES.get(foreigner, foreigner.__name__) for foreigner in foreign))
         raise InvalidRequest(f"'{name}' is {datatype} and cannot hold {names}")
 
 

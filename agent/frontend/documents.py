@@ -88,7 +88,15 @@ def read_document(http: HttpRequest) -> tuple[int, InferDocument]:
     try:
         return length, _infer_decoder.decode(memoryview(http.body)[:length])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequest(f"the request's JSON cannot be read: {error}") from None
+        hint = _json_hint(bytes(memoryview(http.body)[:length]))
+        raise InvalidRequest(f"the request's JSON cannot be read: {error}", hint=hint) from None
+
+
+def _json_hint(text: bytes) -> str:
+    """What to do where a program wrote the numbers that JSON has no words for, as Python's json does."""
+    if any(word in text for word in (b"NaN", b"Infinity")):
+        return "NaN and infinity have no JSON form: send the tensors as binary data."
+    return ""
 
 
 def number(parameters: dict[str, Any], name: str) -> float | None:

@@ -91,7 +91,7 @@ class OpenInference:
                 if only("POST", request, reply):
                     reply(error_response(403, text))
             case _:
-                reply(error_response(404, f"there is nothing at {path[:100]}"))
+                reply(error_response(404, f"there is nothing at {path[:100] or '/'}. Paths begin with /v2."))
 
     def _model(self, request: HttpRequest, reply: Reply, model: str, rest: list[str]) -> None:
         version = ""

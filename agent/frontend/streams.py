@@ -25,7 +25,7 @@ import numpy as np
 
 from agent.contract.errors import InvalidRequest, Overloaded, ServingError, UnknownModel
 from agent.contract.plan import TensorPlan
-from agent.contract.tensors import DATATYPES, Array, Tensor, read_tensors
+from agent.contract.tensors import DATATYPES, Array, Tensor, datatype_of, read_tensors
 from agent.frontend.documents import (
     InferDocument,
     binary_names,
@@ -379,8 +379,9 @@ def _read_samples(streams: Streams, document: InferDocument, binary: memoryview)
         if seen or name != form.plan.input:
             raise InvalidRequest(f"a stream takes the one input '{form.plan.input}', given was '{name[:60]}'")
         if wanted != form.dtype or shape[1:] != form.shape or not shape:
-            given, expected = f"{datatype} {list(shape)}", f"{form.dtype.name} {['samples', *form.shape]}"
-            raise InvalidRequest(f"samples of '{name}' must be {expected}, {given} was given")
+            wants = datatype_of(np.empty(0, form.dtype))
+            expected = f"{wants} [{', '.join(map(str, ('samples', *form.shape)))}]"
+            raise InvalidRequest(f"samples of '{name}' must be {expected}, {datatype} {list(shape)} was given")
         if shape[0] > form.max_samples:
             text = f"a request has at most {form.max_samples} samples, {shape[0]} were given"
             raise InvalidRequest(text, hint="Send them in several requests.", status=TOO_LARGE)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -207,6 +208,7 @@ def test_nobody_there_is_told_with_the_address(connect: Any, tmp_path: Path) -> 
     with connect(f"unix:{tmp_path}/none.sock") as client, pytest.raises(Disconnected, match=r"none\.sock") as caught:
         client.live()
     assert caught.value.hint == "Is the agent running?"
+    assert "Is the agent running?" in "".join(traceback.format_exception(caught.value))
 
 
 @pytest.mark.parametrize("address", ["", "localhost", "localhost:port", "unix:relative", ":80", "host:99999"])

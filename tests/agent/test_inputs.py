@@ -1,5 +1,6 @@
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,9 @@ def test_whole_numbers_are_never_bent_to_fit(
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("x.csv", b"1,2\n3,4\n", "takes \\[-1, 4, 2\\]"),
+        ("x.csv", b"1,2\n3,4\n", "takes \\[-1, 4, 2\\]. Lines of samples are cut into rows of 4: give a multiple"),
+        ("x.csv", b"t,x,y\n0,1,2\n", "takes \\[-1, 4, 2\\]. -1 stands for any number of rows"),
+        ("x.csv", b"1;2\n3;4\n", "separated by semicolons; commas are wanted"),
         ("x.csv", b"1,2\n3\n", "different numbers of columns"),
         ("x.csv", b"1,2\nx,y\n", "could not convert"),
         ("x.csv", b"", "different numbers of columns"),
@@ -88,8 +91,9 @@ def test_whole_numbers_are_never_bent_to_fit(
 )
 def test_what_does_not_fit_is_named_with_the_shapes(tmp_path: Path, name: str, content: bytes, says: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InvalidRequest, match=says):
+    with pytest.raises(InvalidRequest) as caught:
         read_inputs(tmp_path / name, [WINDOW])
+    assert re.search(says, caught.value.sentence())
 
 
 def archive(**arrays: np.ndarray) -> bytes:

@@ -24,7 +24,7 @@ SERVICE: dict[str, Any] = {
               "evidence:gx": 0.34, "evidence:ax": 0.1},
 }  # fmt: skip
 STATUS: dict[str, Any] = {
-    "agent": {"version": "0.1.0", "uptime_s": 7500.0},
+    "agent": {"version": "0.1.0", "uptime_s": 7500.0, "addresses": ["unix:/run/edgewarden/serve.sock", "[::1]:8500"]},
     "device": {"id": "gateway-1", "fleet": "demo", "system": "Linux 6.1", "machine": "aarch64", "cpus": 4},
     "clock": {"source": "wall", "now_s": 1000.0},
     "worker": {"phase": "serving", "generation": 2, "pid": 77, "losses": 1},
@@ -64,7 +64,8 @@ def changed(**parts: Any) -> dict[str, Any]:
 def test_the_screen_says_who_serves_and_why_and_what_is_wrong() -> None:
     screen = draw(STATUS, Look(width=120))
     for words in (
-        "gateway-1 of fleet demo", "up 2 h 5 min", "generation 2, process 77, serving", "1 lost in the last minute",
+        "gateway-1 of fleet demo", "up 2 h 5 min", "ask on unix:/run/edgewarden/serve.sock, [::1]:8500",
+        "generation 2, process 77, serving", "1 lost in the last minute",
         "wrist  degraded", "wrist-accel  a fallback since 1 min 40 s, next check in 1 min 5 s",
         "gx gy gz dead: wrist-accel 0.89, wrist 0.14", "gx, gy, gz no longer move", "wrist-accel v1 (not loaded)",
         "wrist-floor v1 0.14 (floor)", "1,234 · 3 failed over · 0 unanswered", "p95 120 µs", "p99 12.0 ms",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.contract.errors import ConfigError
-from agent.sockets import client_of, is_answered, listen_tcp, listen_unix
+from agent.sockets import address_of, client_of, is_answered, listen_tcp, listen_unix
 
 
 def test_a_unix_socket_has_the_mode_asked_for(tmp_path: Path) -> None:
@@ -40,6 +40,12 @@ def test_a_path_that_cannot_be_a_socket_is_refused(tmp_path: Path, kind: str) ->
     with pytest.raises(ConfigError):
         listen_unix(path, mode=0o600)
     assert (tmp_path / "file").read_text() == "data"
+
+
+def test_an_address_is_told_as_clients_take_it(tmp_path: Path) -> None:
+    with listen_unix(tmp_path / "a.sock", mode=0o600) as local, listen_tcp("127.0.0.1:0") as loopback:
+        assert address_of(local) == f"unix:{tmp_path / 'a.sock'}"
+        assert address_of(loopback) == f"127.0.0.1:{loopback.getsockname()[1]}"
 
 
 def test_a_port_in_use_is_said_so() -> None:

@@ -101,8 +101,8 @@ def test_big_unsigned_numbers_are_exact() -> None:
         ({"name": "x", "datatype": "FP32", "shape": [1] * 9}, b"", "needs a shape"),
         ({"name": "x", "datatype": "FP32", "shape": [2]}, b"", "neither a data list"),
         ({"name": "x", "datatype": "FP32", "shape": [2], "data": [1.0]}, b"", "needs 2 values, 1 were sent"),
-        ({"name": "x", "datatype": "FP32", "shape": [1], "data": ["1"]}, b"", "cannot hold str"),
-        ({"name": "x", "datatype": "FP32", "shape": [1], "data": [None]}, b"", "cannot hold NoneType"),
+        ({"name": "x", "datatype": "FP32", "shape": [1], "data": ["1"]}, b"", "cannot hold text"),
+        ({"name": "x", "datatype": "FP32", "shape": [1], "data": [None]}, b"", "cannot hold null"),
         ({"name": "x", "datatype": "FP32", "shape": [1], "data": [1e39]}, b"", "does not fit FP32"),
         ({"name": "x", "datatype": "INT8", "shape": [1], "data": [128]}, b"", "does not fit INT8"),
         ({"name": "x", "datatype": "INT8", "shape": [1], "data": [1.5]}, b"", "cannot hold float"),
@@ -135,7 +135,7 @@ def test_malformed_tensors_are_refused_with_a_reason(item: object, body: bytes, 
 def test_a_description_is_judged_before_its_data_are_looked_at() -> None:
     described = {"name": "x", "datatype": "FP32", "shape": [1], "data": ["no number"]}
     told: list[object] = []
-    with pytest.raises(InvalidRequest, match="cannot hold str"):
+    with pytest.raises(InvalidRequest, match="cannot hold text"):
         read_tensors([described], admit=lambda *what: told.append(what))
     assert told == [("x", "FP32", (1,))]
 

@@ -240,6 +240,7 @@ def test_the_model_configuration_is_the_one_known_clients_read(stage: tuple[Sock
         (b'{"inputs": []}', {}, "takes the inputs window"),
         (b'{"inputs": [], "id": 5}', {}, "JSON cannot be read"),
         (b"\xff\xfe{}", {}, "JSON cannot be read"),
+        (b'{"inputs": [NaN]}', {}, "NaN and infinity have no JSON form: send the tensors as binary data"),
         (b"{}", {"Inference_Header_Content_Length": "3"}, "up to the body's 2"),
         (b"{}", {"Inference_Header_Content_Length": "x"}, "must be a number"),
         (b"{}", {"Inference_Header_Content_Length": "9" * 30}, "must be a number"),

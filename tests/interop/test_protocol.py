@@ -347,7 +347,7 @@ WRONG: list[tuple[str, Any, bytes, int, str]] = [
     ("ragged", {"inputs": [{**X, "shape": [1, 4]}]}, b"", 400, "'x' [1, 4] needs 4 values, 3 were sent."),
     ("ragged", {"inputs": [{**X, "shape": [1, -3]}]}, b"", 400,
      "'x' needs a shape: a list of at most 8 whole numbers, none negative."),
-    ("ragged", {"inputs": [{**X, "data": [1, "2", 3]}]}, b"", 400, "'x' is FP32 and cannot hold str."),
+    ("ragged", {"inputs": [{**X, "data": [1, "2", 3]}]}, b"", 400, "'x' is FP32 and cannot hold text."),
     ("ragged", {"inputs": [{**X, "data": [1, 2, 1e39]}]}, b"", 400, "'x' holds a number that does not fit FP32."),
     ("ragged", {"inputs": [{**X, "parameters": {"binary_data_size": 12}}]}, b"", 400,
      "'x' has both JSON and binary data."),

@@ -221,7 +221,7 @@ def test_more_streams_than_allowed_make_the_oldest_give_way(stage: Stage) -> Non
     ("change", "words"),
     [
         ({"name": "other"}, "a stream takes the one input 'window', given was 'other'"),
-        ({"datatype": "FP64"}, "must be float32 ['samples', 3], FP64 [1, 3] was given"),
+        ({"datatype": "FP64"}, "must be FP32 [samples, 3], FP64 [1, 3] was given"),
         ({"shape": [1, 1, 3]}, "FP32 [1, 1, 3] was given"),
         ({"shape": []}, "FP32 [] was given"),
         ({"shape": [3]}, "FP32 [3] was given"),
