@@ -45,7 +45,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """One choice of new wearers with the model trained without them. `bench`: task, data, cache, where engines load."""
+    """One choice of new wearers with the model trained without them. `bench`: task, data, cache, engines' folder."""
 
     new_wearers: tuple[int, ...]
     bench: assess.Bench
@@ -83,7 +83,8 @@ class Fold:
 @dataclass(frozen=True, slots=True)
 class Found:
     """One fault on one fold. `delays`: rows to the alarm, inf where none came; `named`: of those that came,
-    whether the first channel is a touched one."""
+    whether the first channel is a touched one.
+    """
 
     fault: str
     cost: float
