@@ -15,12 +15,12 @@ from dataclasses import replace
 from agent import clock
 from agent.admission import Judgement, retry_after_s
 from agent.attempt import Attempt, Ended, Result, Trouble, first_engine, observe
-from agent.contract.errors import Overloaded, ServingError, UnknownModel
+from agent.contract.errors import EngineFailed, Overloaded, ServingError, UnknownModel
 from agent.contract.plan import EngineTrouble
 from agent.express import Express, Serve, Wire
 from agent.handback import Handback
 from agent.lineup import INLINE_US
-from agent.observation import Outcome, RingWriter
+from agent.observation import NO_ENGINE, Outcome, RingWriter
 from agent.service import MAX_BATCH_ROWS, Answer, Request, Service
 from agent.watchdog import UNSTOPPABLE_S, Watch, Watchdog
 
@@ -203,7 +203,16 @@ class _Runner:
     def _work(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing:
             request, rows, done = job
-            self._handback.give(done, Attempt(self._service, request, rows, self._watch, self._stuck_ns).run())
+            try:
+                result = Attempt(self._service, request, rows, self._watch, self._stuck_ns).run()
+            except Exception as error:  # noqa: BLE001 - told as a bug; the thread is all that answers its service
+                self._handback.give(_tell, error)
+                result = Result(Outcome.ERROR, EngineFailed("internal error"), first=NO_ENGINE)
+            self._handback.give(done, result)
+
+
+def _tell(error: Exception) -> None:
+    raise error
 
 
 def _refusal(service: Service, request: Request) -> Result | None:

@@ -24,6 +24,7 @@ Admit = Callable[[str, str, tuple[int, ...]], None]  # name, datatype, shape; ra
 
 HEADER_LENGTH = "Inference-Header-Content-Length"  # HTTP header: bytes of JSON before the binary data
 MAX_AXES = 8
+MAX_BESIDE_NOTHING = 2**31  # product of the axes of an empty tensor that are not 0: no data bound them
 
 DATATYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -224,6 +225,8 @@ def _description(item: Any) -> tuple[str, str, tuple[int, ...]]:
         )
     if not isinstance(shape, list) or len(shape) > MAX_AXES or not all(type(n) is int and n >= 0 for n in shape):
         raise InvalidRequest(f"'{name}' needs a shape: a list of at most {MAX_AXES} whole numbers, none negative")
+    if 0 in shape and math.prod(length or 1 for length in shape) > MAX_BESIDE_NOTHING:
+        raise InvalidRequest(f"'{name}' is empty, and its other axes are too long")
     return name, datatype, tuple(shape)
 
 

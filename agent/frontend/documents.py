@@ -104,9 +104,12 @@ def number(parameters: dict[str, Any], name: str) -> float | None:
     value = parameters.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise InvalidRequest(f"parameter {name} must be a number")
-    return float(value)
+    try:
+        if type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        pass
+    raise InvalidRequest(f"parameter {name} must be a number")
 
 
 def deadline_ms(parameters: dict[str, Any]) -> float | None:

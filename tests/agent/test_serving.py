@@ -529,6 +529,30 @@ def test_a_full_queue_refuses_and_serves_what_it_took(tmp_path: Path, ring_fd: i
     play(three(tmp_path, "slow", queue_limit=4), ring_fd, story, inline_us=THREAD)
 
 
+def test_a_bug_on_the_thread_of_a_service_costs_one_answer_and_is_told(ring_fd: int) -> None:
+    async def story() -> None:
+        told: list[type] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(type(context["exception"])))
+        plan = EnginePlan("wrist", 1, "d" * 64, EngineKind.ONNX, inputs=(WINDOW,), outputs=(PROBABILITY,))
+        engine = Odd()  # its output is not there
+        service = odd_service(plan, engine)
+        serving = Serving(
+            [service], RingWriter(ring_fd), stuck_after_s=5, on_unstoppable=lambda: None, inline_us=THREAD
+        )
+        replies = []
+        for answer in ({}, {"probability": np.full((1, 4), 0.25, np.float32)}):
+            engine.answer = answer
+            reply: asyncio.Future[Answer | ServingError] = asyncio.get_running_loop().create_future()
+            serving.submit(Request("wrist", {"window": window()}, clock.monotonic_ns()), reply.set_result)
+            replies.append(type(await reply))
+        assert replies == [EngineFailed, Answer]
+        assert told == [KeyError]
+        assert (service.counters.requests, serving.statistics()["waiting"]) == (2, 0)
+        serving.close()
+
+    asyncio.run(asyncio.wait_for(story(), 60))
+
+
 def test_a_client_with_more_than_its_share_of_a_full_queue_is_told_so(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
         stage.service.admission.service_us = 1_500_000.0

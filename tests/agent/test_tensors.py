@@ -99,6 +99,12 @@ def test_big_unsigned_numbers_are_exact() -> None:
         ({"name": "x", "datatype": "FP32", "shape": [True]}, b"", "needs a shape"),
         ({"name": "x", "datatype": "FP32", "shape": [1.5]}, b"", "needs a shape"),
         ({"name": "x", "datatype": "FP32", "shape": [1] * 9}, b"", "needs a shape"),
+        ({"name": "x", "datatype": "FP32", "shape": [0, 10**30], "data": []}, b"", "too long"),
+        ({"name": "x", "datatype": "BYTES", "shape": [2**62, 0], "data": []}, b"", "too long"),
+        (
+            {"name": "x", "datatype": "FP64", "shape": [0, *[2**20] * 7], "parameters": {"binary_data_size": 0}},
+            b"", "too long",
+        ),
         ({"name": "x", "datatype": "FP32", "shape": [2]}, b"", "neither a data list"),
         ({"name": "x", "datatype": "FP32", "shape": [2], "data": [1.0]}, b"", "needs 2 values, 1 were sent"),
         ({"name": "x", "datatype": "FP32", "shape": [1], "data": ["1"]}, b"", "cannot hold text"),

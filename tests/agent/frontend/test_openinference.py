@@ -80,6 +80,16 @@ def test_an_input_that_does_not_fit_is_told_before_its_data_are_looked_at(
     assert (response.status, words in text(response)) == (400, True)
 
 
+@pytest.mark.parametrize("name", ["ew_deadline_ms", "ew_time_s", "timeout"])
+@pytest.mark.parametrize("value", [10**400, -(10**4000), "1", True, [1]], ids=range(5))
+def test_a_parameter_that_is_no_number_of_any_use_is_told(handler: OpenInference, name: str, value: object) -> None:
+    document = {"inputs": [{"name": "window", "datatype": "FP32", "shape": [1, 16, 3], "data": [0] * 48}]}
+    [response] = answers(
+        handler, "/v2/models/wrist/infer", json.dumps(document | {"parameters": {name: value}}).encode()
+    )
+    assert (response.status, text(response)) == (400, f"parameter {name} must be a number.")
+
+
 @pytest.mark.parametrize(
     ("error", "status", "retry_after"),
     [
