@@ -104,7 +104,7 @@ class ServiceSection(Section):
     deadline_ms: float = Field(
         default=1000.0, gt=0, le=600_000, description="A request is answered or refused within this."
     )
-    queue_limit: int = Field(default=64, ge=1, le=4096, description="Requests that may wait before 503.")
+    queue_limit: int = Field(default=32, ge=1, le=4096, description="Requests that may wait before 503.")
     threads: int = Field(
         default=0, ge=0, le=64, description="CPU threads of each engine; 0 = chosen by measurement at its first load."
     )

@@ -6,6 +6,7 @@ queue, so that probes stay answered.
 
 from __future__ import annotations
 
+import math
 import queue
 import struct
 import threading
@@ -85,7 +86,7 @@ class Serving:
             result = Attempt(service, request, rows, self._watch, self._stuck_ns).run(ended)
             self._finish(service, request, rows, result, done)
             return
-        refusal = _refusal(service, request)
+        refusal = _refusal(service, request.client, (request.deadline_ms or service.plan.deadline_ms) * 1e3)
         if refusal is not None:
             self._finish(service, request, rows, refusal, done)
             return
@@ -96,6 +97,20 @@ class Serving:
         self._runners[request.service].put(
             request, rows, lambda result: self._leave(service, request, rows, result, done)
         )
+
+    def turn_away(self, service: Service, client: str, arrival_ns: int) -> ServingError | None:
+        """Why a request need not be looked at: there is no place in the queue, whatever it says. None: it may be.
+
+        The refused request is counted and observed here.
+        """
+        if service.slowest_us < self._inline_us:
+            return None
+        refusal = _refusal(service, client, math.inf)
+        if refusal is None or not isinstance(refusal.reply, ServingError):
+            return None
+        request = Request(service.plan.service, {}, arrival_ns, client=client)
+        self._finish(service, request, 1, refusal, lambda _: None)
+        return refusal.reply
 
     def express(self, request: Request, wire: Callable[[Express], Wire | None]) -> Serve | None:
         """The short way for all requests that differ from this one in their numbers only; None: there is none.
@@ -215,10 +230,10 @@ def _tell(error: Exception) -> None:
     raise error
 
 
-def _refusal(service: Service, request: Request) -> Result | None:
+def _refusal(service: Service, client: str, deadline_us: float) -> Result | None:
     """Why a request may not even wait: see `agent.admission`."""
-    admission, client = service.admission, request.client
-    judgement = admission.ask(client, (request.deadline_ms or service.plan.deadline_ms) * 1e3)
+    admission = service.admission
+    judgement = admission.ask(client, deadline_us)
     if judgement is Judgement.ADMITTED:
         return None
     load, yours = admission.load(client), judgement is Judgement.OVER_SHARE

@@ -169,7 +169,9 @@ class Worker:
             return
         limit = body_limit(self._serving.services.values(), self._plan.max_body_bytes)
         self._api = OpenInference(self._serving)
-        self._server = Server(self._api.handle, make_plan=self._api.plan, max_body_bytes=limit)
+        self._server = Server(
+            self._api.handle, make_plan=self._api.plan, refuse=self._api.refuse, max_body_bytes=limit
+        )
         for number, taking in self._takings.items():
             self._take_over(self._server, number, taking)
         self._takings.clear()

@@ -160,7 +160,7 @@ class ServicePlan:
     labels: tuple[str, ...] = ()
     label_output: str = ""
     deadline_ms: float = 1000.0
-    queue_limit: int = 64
+    queue_limit: int = 32
     floor_status: int = 200  # HTTP status of a floor answer: 200 or 503
     placement: Placement = Placement.AUTO
     window: WindowPlan | None = None  # None: the service takes no streams

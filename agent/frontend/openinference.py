@@ -36,7 +36,7 @@ from agent.frontend.documents import (
     read_document,
 )
 from agent.frontend.plans import Plan
-from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, Reply, encode_response, error_response
+from agent.frontend.server import MAX_JSON_BYTES, HttpRequest, HttpResponse, Reply, encode_response, error_response
 from agent.frontend.streams import StreamRoute
 from agent.frontend.texts import TextWire
 from agent.serving import MAX_BATCH_ROWS, Answer, Request, Service, Serving
@@ -129,6 +129,10 @@ class OpenInference:
         self, asked: _Asked, binary: memoryview, arrival_ns: int, client: str, ended: Ended | None, reply: Reply
     ) -> None:
         """Raises: ServingError: the request does not fit its service; there is no reply then."""
+        refusal = self._serving.turn_away(asked.service, client, arrival_ns)
+        if refusal is not None:
+            reply(failure(refusal))
+            return
         request = asked.request(binary, arrival_ns, client)
 
         def done(result: Answer | ServingError) -> None:
@@ -141,6 +145,13 @@ class OpenInference:
                 reply(failure(error))
 
         self._serving.submit(request, done, ended)
+
+    def refuse(self, method: str, path: str, client: str, arrival_ns: int) -> HttpResponse | None:
+        """What a request hears whose head says that there is no place for it: nobody need look at its body."""
+        model = _asked_model(path)[0] if method == "POST" else ""
+        service = self._serving.services.get(model)
+        refusal = None if service is None else self._serving.turn_away(service, client, arrival_ns)
+        return None if refusal is None else failure(refusal)
 
     def plan(self, http: HttpRequest, prefix: bytes, response: bytes) -> Plan | None:
         """How messages like this one, which were answered by `response`, are answered from now on.

@@ -88,6 +88,8 @@ Give = Callable[[Sequence[Leaving]], Awaitable[None]]
 
 Reply = Callable[[HttpResponse], None]
 Handler = Callable[[HttpRequest, Reply], None]
+Refuse = Callable[[str, str, str, int], HttpResponse | None]
+"""What a request hears whose body is not worth keeping: (method, path, client, monotonic ns); None = it is read."""
 MakePlan = Callable[[HttpRequest, bytes, bytes], Plan | None]
 """A plan for messages like this one: (request, its bytes before the binary data, the response to it)."""
 
@@ -105,15 +107,17 @@ class Server:
         handler: Handler,
         *,
         make_plan: MakePlan | None = None,
+        refuse: Refuse | None = None,
         max_body_bytes: int,
         max_json_bytes: int = MAX_JSON_BYTES,
         max_buffered_bytes: int = MAX_BUFFERED_BYTES,
         max_connections: int = MAX_CONNECTIONS,
         slow_s: float = SLOW_S,
     ) -> None:
-        """`make_plan`: for requests that came twice; None = every request is parsed."""
+        """`make_plan`: for requests that came twice; None = every request is parsed. `refuse`: asked with a head."""
         self.handler = handler
         self.make_plan = make_plan
+        self.refuse = refuse
         self.plans = PlanCache()
         self.max_body_bytes = max_body_bytes
         self.max_json_bytes = max_json_bytes
@@ -344,6 +348,7 @@ class Connection(asyncio.Protocol):
         self._handling: _Pending | None = None  # the request whose handler runs
         self._reserved_bytes = 0  # for the body being read
         self._refusal: tuple[int, str] | None = None
+        self._turned_away: HttpResponse | None = None  # said already to the request whose body is being dropped
         self._discarding_since_ns = 0  # a refused client is read and ignored for a moment, so that it sees why
         self._reading_since_ns = 0  # 0 = between requests
         self._in_head = False
@@ -438,6 +443,8 @@ class Connection(asyncio.Protocol):
                     self._refuse(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes")
             if self._reading_since_ns or self._unread.size:
                 self._unread.feed(data, self._ended, reading=bool(self._reading_since_ns))
+                if self._reading_since_ns and self._turned_away is not None:
+                    self._unread.drop_body()
             self._ended.clear()
         self._chunk = b""
 
@@ -463,6 +470,7 @@ class Connection(asyncio.Protocol):
         self._head_bytes = self._partial_bytes = 0
         self._body: list[bytes] = []
         self._size = 0
+        self._turned_away = None
         self._in_head = True
         self._reading_since_ns = self.last_ns
 
@@ -482,6 +490,21 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        self._size = self._check_head()
+        waits = self._headers.get("expect", "").lower() == "100-continue" and self._parser.get_http_version() == "1.1"
+        if self._size and self._server.refuse is not None and not waits:
+            self._turned_away = self._server.refuse(self._method(), self._path(), self._client, self.last_ns)
+            if self._turned_away is not None:
+                return
+        if not self._server.reserve(self._size):
+            self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
+        self._reserved_bytes = self._size
+        told = bool(self._inherited[0])  # by the process that had this connection before
+        if waits and self._size and not (self._pending or told):
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _check_head(self) -> int:
+        """Size of the body that follows; what is not accepted is refused."""
         headers, version = self._headers, self._parser.get_http_version()
         if version not in ("1.1", "1.0"):
             self._stop(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
@@ -496,28 +519,23 @@ class Connection(asyncio.Protocol):
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             self._stop(400, "the Content-Length is not a number")
-        self._size = int(length)
-        json_bytes, most = _json_bytes(headers, self._size), self._server.max_json_bytes
+        size = int(length)
+        json_bytes, most = _json_bytes(headers, size), self._server.max_json_bytes
         if json_bytes > most:
             text = f"the request has {json_bytes} bytes of JSON, at most {most} are accepted"
             self._stop(413, f"{text}. Send the tensors as binary data.")
-        if self._size > self._server.max_body_bytes:
-            self._stop(413, f"the body has {self._size} bytes, at most {self._server.max_body_bytes} are accepted")
-        if not self._server.reserve(self._size):
-            self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
-        self._reserved_bytes = self._size
-        told = bool(self._inherited[0])  # by the process that had this connection before
-        expected = headers.get("expect", "").lower() == "100-continue" and version == "1.1"
-        if expected and self._size and not (self._pending or told):
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if size > self._server.max_body_bytes:
+            self._stop(413, f"the body has {size} bytes, at most {self._server.max_body_bytes} are accepted")
+        return size
 
     def on_body(self, body: bytes) -> None:
-        self._body.append(body)
+        if self._turned_away is None:
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         self._reading_since_ns = 0
         self._ended.append(self._size)
-        method = self._parser.get_method().decode("latin-1")
+        method = self._method()
         pending = _Pending(
             closing=not self._parser.should_keep_alive(),
             size=self._reserved_bytes,
@@ -526,16 +544,28 @@ class Connection(asyncio.Protocol):
         )
         self._reserved_bytes = 0
         self._pending.append(pending)
+        if self._turned_away is not None:
+            self._reply(pending, self._turned_away)
+        else:
+            self._handle(pending, method)
+        if len(self._pending) > MAX_PIPELINED:
+            self._balance()
+
+    def _handle(self, pending: _Pending, method: str) -> None:
         body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
-        request = HttpRequest(method, self._url.decode("latin-1"), self._headers, body, self.last_ns, self._client)
+        request = HttpRequest(method, self._path(), self._headers, body, self.last_ns, self._client)
         self._body = []
         if self._chunk and not (pending.closing or pending.kept):
             pending.lesson = self._lesson(request)
         self._handling = pending
         self._server.handler(request, lambda response: self._reply(pending, response))
         self._handling = None
-        if len(self._pending) > MAX_PIPELINED:
-            self._balance()
+
+    def _method(self) -> str:
+        return str(self._parser.get_method().decode("latin-1"))
+
+    def _path(self) -> str:
+        return self._url.decode("latin-1")
 
     def _lesson(self, request: HttpRequest) -> tuple[HttpRequest, bytes] | None:
         """For a request whose whole message, and nothing else, came in one piece, for the second time in a row."""

@@ -9,26 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 MAX_MOVABLE_BYTES = 1024 * 1024  # a larger request is finished where it began
-HEAD_ROOM_BYTES = 64 * 1024  # more than any head that is accepted: what is kept of a request too large to move
+HEAD_ROOM_BYTES = 64 * 1024  # more than any head that is accepted
 END_OF_HEAD = b"\r\n\r\n"
 
 
 class Unread:
     """What one connection has received of its unfinished request. Fed after the parser, with what the parser saw."""
 
-    __slots__ = ("_kept", "_total")
+    __slots__ = ("_kept", "_total", "movable")
 
     def __init__(self) -> None:
         self._kept: list[bytes] = []
         self._total = 0
+        self.movable = True  # all of it is here
 
     @property
     def size(self) -> int:
         return self._total
-
-    @property
-    def movable(self) -> bool:
-        return self._total <= MAX_MOVABLE_BYTES
 
     def raw(self) -> bytes:
         """From the request's first byte to the last received. Only while `movable`."""
@@ -51,17 +48,30 @@ class Unread:
         self.clear()
         self._keep(data[offset:])
 
+    def drop_body(self) -> None:
+        """The request is finished where it began: of its body only the size is noted. Its head has been fed."""
+        if self.movable:
+            self._keep_head()
+
     def clear(self) -> None:
         self._kept = []
         self._total = 0
+        self.movable = True
 
     def _keep(self, data: bytes) -> None:
         if not self._total:
             data = data.lstrip(b"\r\n")
         self._total += len(data)
-        self._kept.append(data)
-        if not self.movable:
-            self._kept = [b"".join(self._kept)[:HEAD_ROOM_BYTES]]
+        if self.movable:
+            self._kept.append(data)
+            if self._total > MAX_MOVABLE_BYTES:
+                self._keep_head()
+
+    def _keep_head(self) -> None:
+        raw = self.raw()
+        end = raw.find(END_OF_HEAD)
+        self._kept = [raw[: HEAD_ROOM_BYTES if end < 0 else end + len(END_OF_HEAD)]]
+        self.movable = False
 
 
 def _end_of_request(raw: bytes, start: int, body_bytes: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,23 @@ ROW_BYTES = 16 * 3 * 4
 
 @pytest.fixture
 def handler(tmp_path: Path) -> Iterator[OpenInference]:
+    with serving(tmp_path) as handler:
+        yield handler
+
+
+@contextmanager
+def serving(tmp_path: Path, *, inline_us: float = 1e9) -> Iterator[OpenInference]:
     plan = service_plan(engine_plan(tmp_path, "wrist", version=3))
     ring_fd = create_ring()
     serving = Serving(
-        [Service(0, plan, load_lineup(plan)[0])], RingWriter(ring_fd), stuck_after_s=5, on_unstoppable=lambda: None
-    )
-    yield OpenInference(serving)
-    serving.close()
-    os.close(ring_fd)
+        [Service(0, plan, load_lineup(plan)[0])], RingWriter(ring_fd), stuck_after_s=5, on_unstoppable=lambda: None,
+        inline_us=inline_us,
+    )  # fmt: skip
+    try:
+        yield OpenInference(serving)
+    finally:
+        serving.close()
+        os.close(ring_fd)
 
 
 def answers(handler: OpenInference, path: str, body: bytes) -> list[HttpResponse]:
@@ -115,6 +125,31 @@ def test_health_and_metadata_are_answered_while_the_queue_is_full(handler: OpenI
     for path in ("/v2/health/live", "/v2/health/ready", "/v2/models/wrist", "/v2/models/wrist/stats"):
         handler.handle(HttpRequest("GET", path, {}, b"", clock.monotonic_ns()), told.append)
     assert [response.status for response in told] == [200] * 4
+
+
+def test_a_full_queue_refuses_by_the_head_alone_and_counts_it(tmp_path: Path) -> None:
+    with serving(tmp_path, inline_us=0.0) as handler:
+        service = handler._serving.service("wrist")
+        asked = ("POST", "/v2/models/wrist/infer", "me", clock.monotonic_ns())
+        assert handler.refuse(*asked) is None
+        for _ in range(service.plan.queue_limit):
+            service.admission.enter("somebody")
+        response = handler.refuse(*asked)
+        assert response is not None
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")
+        assert "requests waiting" in text(response)
+        assert handler.refuse("POST", "/v2/models/wrist/versions/3/infer", *asked[2:]) is not None
+        assert handler._serving.statistics()["overloaded"] == 2
+        assert handler.refuse("GET", *asked[1:]) is None
+        assert handler.refuse("POST", "/v2/models/nosuch/infer", *asked[2:]) is None
+        assert handler.refuse("POST", "/v2/repository/index", *asked[2:]) is None
+
+
+def test_a_service_without_a_queue_refuses_nobody_by_the_head(handler: OpenInference) -> None:
+    service = handler._serving.service("wrist")
+    for _ in range(service.plan.queue_limit):
+        service.admission.enter("somebody")
+    assert handler.refuse("POST", "/v2/models/wrist/infer", "me", clock.monotonic_ns()) is None
 
 
 def service_of(*inputs: TensorPlan) -> Service:

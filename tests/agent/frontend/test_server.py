@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -23,10 +24,12 @@ from agent.frontend.server import (
     Leaving,
     Reply,
     Server,
+    error_response,
 )
 
 HEAD = b"Host: x\r\n"
 LIMIT_BYTES = 1000
+POST = b"POST /a HTTP/1.1\r\n" + HEAD + b"Content-Length: 6\r\n\r\nabcdef"
 
 
 class Handler:
@@ -50,6 +53,14 @@ class Handler:
             self.held.append(lambda: reply(response))
         else:
             reply(response)
+
+
+def busy(method: str, path: str, client: str, now_ns: int) -> HttpResponse | None:
+    """No place for what is posted below /busy."""
+    assert method in ("GET", "POST", "PUT")
+    assert client.startswith("process ")
+    assert now_ns
+    return error_response(503, f"{path} is full", {"Retry-After": "7"}) if path.startswith("/busy") else None
 
 
 class Stage:
@@ -483,6 +494,116 @@ def test_a_body_that_is_not_read_to_its_end_gives_its_room_back(tmp_path: Path) 
 
 
 # --- connections ---------------------------------------------------------------------------------------------
+FULL = b"POST /busy/%d HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n"
+
+
+def test_a_request_without_a_place_is_refused_by_its_head_and_its_connection_goes_on(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(FULL % (1, 900) + b"x" * 500)
+        await until(lambda: [one for one in stage.server.connections if one.has_unread])
+        assert stage.server.buffered_bytes == 0
+        writer.write(b"x" * 400 + POST)
+        received = await reader.readuntil(b"/a abcdef")
+        assert statuses(received) == [503, 200]
+        assert b"Retry-After: 7" in received
+        assert error(received[: received.index(b"}") + 1]) == "/busy/1 is full"
+        assert b"Connection: close" not in received
+        assert [request.body for request in stage.handler.requests] == [b"abcdef"]
+        writer.close()
+
+    play(tmp_path, story, refuse=busy)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_follows_a_refused_body_is_the_next_request_however_it_was_cut(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)  # noqa: S311 - test data
+    hostile = [b"", b"\r\n\r\n", POST, FULL % (99, 5) + b"abcde", b"0\r\n\r\n"]
+    stream, expected = b"", []
+    for number in range(30):
+        body = rng.choice(hostile) + rng.randbytes(rng.randrange(200))
+        full = rng.random() < 0.5
+        path = b"/%s/%d" % (b"busy" if full else b"free", number)
+        stream += b"POST " + path + b" HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+        expected.append((503, b"") if full and body else (200, path + b" " + body))
+
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        at = 0
+        while at < len(stream):
+            size = rng.choice([1, 3, 70, 400, 3000])
+            writer.write(stream[at : at + size])
+            at += size
+            await asyncio.sleep(0)
+        for status, content in expected:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            body = await reader.readexactly(length)
+            assert int(head[9:12]) == status
+            assert body == content or status == 503
+        writer.write_eof()
+        assert await reader.read() == b""
+        writer.close()
+
+    play(tmp_path, story, refuse=busy)
+
+
+def test_refusals_that_wait_for_an_answer_before_them_are_bounded_too(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n")
+        for number in range(200):
+            writer.write(FULL % (number, 900) + b"x" * 900)
+        await until(lambda: any(one._paused for one in stage.server.connections))
+        stage.handler.held[0]()
+        received = b""
+        while received.count(b"is full") < 200:
+            received += await reader.read(65536)
+        assert statuses(received) == [200] + [503] * 200
+        writer.close()
+
+    play(tmp_path, story, refuse=busy)
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (FULL % (1, LIMIT_BYTES + 1), 413),  # it will never have a place
+        (b"POST /busy HTTP/1.1\r\nContent-Length: 5\r\n\r\n", 400),  # no host
+        (b"POST /busy HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n", 400),
+        (b"POST /busy HTTP/1.1\r\n" + HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+        (FULL % (1, 5) + b"abcdeTHIS IS NO REQUEST\r\n\r\n", 400),
+    ],
+)
+def test_a_full_queue_makes_no_malformed_request_sound(tmp_path: Path, head: bytes, status: int) -> None:
+    async def story(stage: Stage) -> None:
+        assert statuses(await stage.exchange(head))[-1] == status
+
+    play(tmp_path, story, refuse=busy)
+
+
+def test_a_body_that_is_dropped_must_arrive_in_time_too(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(FULL % (1, 900) + b"x")
+        assert statuses(await reader.read()) == [408]
+        writer.close()
+
+    play(tmp_path, story, refuse=busy, slow_s=0.1)
+
+
+def test_one_that_asks_before_it_sends_is_refused_with_its_body(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write(b"POST /busy HTTP/1.1\r\n" + HEAD + b"Expect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"abcde")
+        assert (await reader.readuntil(b"/busy abcde")).startswith(b"HTTP/1.1 200")  # by its handler
+        writer.close()
+
+    play(tmp_path, story, refuse=busy)
+
+
 def test_at_the_limit_the_longest_idle_connection_makes_room(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
         first, writer_a = await stage.connect()
@@ -609,9 +730,6 @@ def hand_over(tmp_path: Path, story: Callable[[Stage, Heir], Awaitable[None]], *
             await heir.close()
 
     play(tmp_path, with_heir, **options)
-
-
-POST = b"POST /a HTTP/1.1\r\n" + HEAD + b"Content-Length: 6\r\n\r\nabcdef"
 
 
 def test_an_idle_connection_moves_and_its_client_notices_nothing(tmp_path: Path) -> None:
@@ -792,3 +910,22 @@ def test_a_client_waiting_for_100_continue_is_told_once(tmp_path: Path) -> None:
         writer.close()
 
     hand_over(tmp_path, story)
+
+
+def test_a_refused_request_is_finished_where_it_began_and_its_connection_moves_then(tmp_path: Path) -> None:
+    async def story(stage: Stage, heir: Heir) -> None:
+        reader, writer = await stage.connect()
+        writer.write(FULL % (1, 900) + b"x" * 500)
+        await until(lambda: [one for one in stage.server.connections if one.has_unread])
+        leaving = asyncio.ensure_future(stage.server.hand_over(heir.take, 20))
+        await asyncio.sleep(0.02)
+        assert not leaving.done()
+        writer.write(b"x" * 400 + POST[:20])
+        assert statuses(await reader.readuntil(b"}")) == [503]
+        await leaving
+        writer.write(POST[20:])
+        assert (await reader.readuntil(b"/a abcdef")).startswith(b"HTTP/1.1 200")
+        assert heir.unread in ([POST[:20]], [b""])
+        writer.close()
+
+    hand_over(tmp_path, story, refuse=busy)
