@@ -227,6 +227,7 @@ class _Feed(_Job):
         self._last, self._key = last, (service.plan.service, name)
         length, document = read_document(http)
         self._document, self._arrival_ns, self._client = document, http.arrival_ns, http.client
+        self._body = http.body
         self._binary = binary_names(document)
         self._samples = _read_samples(streams, document, memoryview(http.body)[length:])
         self._sequence = _sequence(document.parameters)
@@ -332,10 +333,13 @@ class _Feed(_Job):
         self.close(response)
 
     def _fingerprint(self) -> _Mark | None:
-        """What tells a request that is sent again from a new one; None when its sender does not count."""
+        """What tells a request that is sent again from a new one; None when its sender does not count.
+
+        Of all that it says: the answer also holds an id and the outputs asked for, and an end must not be missed.
+        """
         if self._sequence is None:
             return None
-        return self._sequence, len(self._samples), zlib.crc32(np.ascontiguousarray(self._samples).data)
+        return self._sequence, len(self._body), zlib.crc32(self._body)
 
     def _outputs(self) -> list[Tensor]:
         plans = {tensor.name: tensor for tensor in self._service.signature.outputs}

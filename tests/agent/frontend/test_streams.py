@@ -346,6 +346,27 @@ def test_a_request_sent_again_gets_the_answer_its_sender_missed(stage: Stage) ->
     assert (parameters["ew_dropped"], len(rows)) == (16, 0)
 
 
+def test_an_end_behind_the_same_samples_is_no_request_sent_again(stage: Stage) -> None:
+    stage.post(SAMPLES[:20], ew_sequence=0)
+    nothing = stage.post(SAMPLES[:0], ew_sequence=20)
+    ended = stage.post(SAMPLES[:0], ew_sequence=20, ew_end=True)
+    assert told(ended[0])["ew_windows"] == told(nothing[0])["ew_windows"] == 0
+    assert stage.ask("GET", "/v2/models/wrist/streams/s")[0].status == 404
+
+
+def test_no_answer_holds_the_id_of_another_request(stage: Stage) -> None:
+    item = {"name": "window", "datatype": "FP32", "shape": [20, 3], "data": SAMPLES[:20].ravel().tolist()}
+    answers = [
+        stage.ask(
+            "POST", "/v2/models/wrist/streams/s",
+            json.dumps({"id": name, "inputs": [item], "parameters": {"ew_sequence": 0}}).encode(),
+        )
+        for name in ("one", "one", "two")
+    ]  # fmt: skip
+    assert [document(response)["id"] for [response] in answers] == ["one", "one", "two"]
+    assert answers[0] == answers[1]
+
+
 def test_the_last_request_of_a_stream_sent_again_gets_its_answer_too(stage: Stage) -> None:
     stage.send(SAMPLES[:10], ew_sequence=0)
     last = stage.post(SAMPLES[10:20], ew_sequence=10, ew_end=True)
