@@ -15,6 +15,8 @@ from paho.mqtt.properties import Properties
 
 from scripts.story.acts import Acts
 
+PATIENCE_S = 60.0  # with a broker on the same machine
+
 
 def leave(client: mqtt.Client) -> None:
     """Say goodbye and close everything: paho leaves the sockets that wake its thread to the garbage collector."""
@@ -46,6 +48,7 @@ class Subscriber:
         self.client = mqtt.Client(CallbackAPIVersion.VERSION2, client_id=f"story-{self.user}", protocol=mqtt.MQTTv5)
         self.client.username_pw_set(self.user, self.password)
         self.client.on_connect = self._on_connect
+        self.client.on_subscribe = lambda *_: self.ready.set()
         self.client.on_message = self._on_message
         self.client.reconnect_delay_set(1, 2)
         keep = Properties(PacketTypes.CONNECT)
@@ -54,12 +57,12 @@ class Subscriber:
         # clean the first time only: a clean reconnect would throw away what the broker kept for us
         self.client.connect("127.0.0.1", self.port, clean_start=mqtt.MQTT_CLEAN_START_FIRST_ONLY, properties=keep)
         self.client.loop_start()
-        if not self.ready.wait(10):
-            raise RuntimeError("the story's own subscriber could not subscribe at the broker within 10 s")
+        if not self.ready.wait(PATIENCE_S):
+            leave(self.client)
+            raise RuntimeError(f"the story's own subscriber could not subscribe within {PATIENCE_S:.0f} s")
 
     def _on_connect(self, client: mqtt.Client, *_: Any) -> None:
         client.subscribe(f"ew/1/{self.fleet}/#", qos=1)
-        self.ready.set()
 
     def _on_message(self, _client: mqtt.Client, _data: Any, message: mqtt.MQTTMessage) -> None:
         payload = bytes(message.payload)
@@ -100,9 +103,12 @@ class Subscriber:
             return [item.document for item in self.seen if item.topic.endswith(f"/{device}/{word}")]
 
     def publish(self, topic: str, payload: bytes, *, retain: bool) -> None:
-        """Say something as the operator. Raises: RuntimeError when the broker does not take it within 10 s."""
+        """Say something as the operator. Raises: RuntimeError when the broker does not take it in time."""
         self.acts.note(f"published {topic}")
-        self.client.publish(topic, payload, qos=1, retain=retain).wait_for_publish(10)
+        sent = self.client.publish(topic, payload, qos=1, retain=retain)
+        sent.wait_for_publish(PATIENCE_S)
+        if not sent.is_published():
+            raise RuntimeError(f"the broker did not take what was published to {topic} within {PATIENCE_S:.0f} s")
 
     def missing(self, device: str, *, sent: int = 0) -> int:
         """Sequence numbers of `device` that never arrived: per boot from 1 to the highest seen, in the newest boot to

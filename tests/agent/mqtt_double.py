@@ -69,7 +69,9 @@ class BrokerDouble:
                 self._handle(kind, flags, body, writer)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.close()
+            pass
+        finally:
+            writer.close()  # also of one that came while the story ended
 
     async def _refuse(self, body: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """As mosquitto does: closing a socket with unread bytes resets the connection and loses what was said."""

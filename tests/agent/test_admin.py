@@ -49,7 +49,7 @@ def ask(folder: Path, *requests: bytes) -> list[tuple[int, str]]:
             writer.write(request)
             if request.endswith(b"cut"):
                 writer.write_eof()
-            raw = (await asyncio.wait_for(reader.read(), 20)).decode()
+            raw = (await asyncio.wait_for(reader.read(), 60)).decode()
             writer.close()
             head, _, body = raw.partition("\r\n\r\n")
             answers.append((int(head.split()[1]) if head else 0, body))

@@ -76,7 +76,7 @@ def test_a_frame_that_is_too_large_is_not_written() -> None:
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(story, 30))
+    asyncio.run(asyncio.wait_for(story, 60))
 
 
 async def pair() -> tuple[Channel, Channel, socket.socket]:

@@ -23,7 +23,7 @@ def outcomes(*works: Callable[[], Any]) -> tuple[list[Any], list[Exception]]:
         chores = Chores("ew-test", on_fault=faults.append)
         for work in works:
             chores.start(work, note)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await every.wait()
         return told, faults
 
@@ -74,7 +74,7 @@ def test_a_queue_that_is_full_says_so() -> None:
         await asyncio.sleep(0)
         refused = [one.code for one in told if failed(one)]
         go.set()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(told) < MAX_WAITING + 2:  # noqa: ASYNC110 - what is awaited has no event
                 await asyncio.sleep(0.01)
         return refused

@@ -66,7 +66,7 @@ def test_another_programs_socket_is_not_an_agent(tmp_path: Path, capsys: pytest.
     import threading
 
     with listen_unix(tmp_path / "x.sock", mode=0o600) as listener:
-        listener.settimeout(10)
+        listener.settimeout(60)
 
         def nonsense() -> None:
             connection, _ = listener.accept()

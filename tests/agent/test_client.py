@@ -285,7 +285,7 @@ def echoing(folder: Path, pieces: int) -> Iterator[str]:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         yield path
-        thread.join(30)
+        thread.join(60)
         assert not thread.is_alive()
 
 

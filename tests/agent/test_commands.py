@@ -47,7 +47,7 @@ class Bridge:
 
         async def story() -> None:
             self.commands.obey(Order(command, b"c"))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not self.mouth.answers:  # noqa: ASYNC110 - what is awaited has no event
                     await asyncio.sleep(0.01)
 

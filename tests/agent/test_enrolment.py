@@ -113,7 +113,7 @@ def test_it_asks_until_it_is_enrolled_and_then_never_again(tmp_path: Path, url: 
             configure(tmp_path, url), memory, chores, lambda event, *, done: said.append((event.severity, done))
         )
         enrolment.begin()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while enrolment.status()["state"] != "enrolled":
                 enrolment._not_before_s = 0.0  # no test waits for pauses
                 enrolment.tick()

@@ -97,7 +97,7 @@ def play(story: Callable[[Stage], Awaitable[None]]) -> None:
     async def scene() -> None:
         stage = Stage()
         try:
-            await asyncio.wait_for(story(stage), 30)
+            await asyncio.wait_for(story(stage), 60)
         finally:
             stage.close()
 
@@ -262,7 +262,7 @@ def test_odd_messages_are_refused_their_descriptors_closed_and_the_next_is_taken
             for _, server in made:
                 server.close()
             for client, _ in made:  # closed by the taker too: nobody holds the other end any more
-                client.settimeout(30)
+                client.settimeout(60)
                 assert await asyncio.to_thread(client.recv, 1) == b""
             await stage.giver.give(Streams((Stream("wrist", "left", b"good"),)))
             await until(lambda: stage.streams)

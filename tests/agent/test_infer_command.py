@@ -134,7 +134,7 @@ def serving(folder: Path, what: Callable[[int], str]) -> Iterator[str]:
     thread = threading.Thread(target=accept, args=(listener,), daemon=True)
     thread.start()
     yield path
-    thread.join(30)
+    thread.join(60)
     assert not thread.is_alive()
 
 

@@ -77,7 +77,7 @@ class Desk:
         raise error
 
     async def until(self, true: Callable[[], Any]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not true():
                 self.orders._asked_s = self.orders._not_before_s = -1e9  # no test waits for pauses
                 self.orders.tick()

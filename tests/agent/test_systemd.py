@@ -14,7 +14,7 @@ def test_the_manager_hears_readiness_status_and_signs_of_life(tmp_path: Path, *,
     address = f"@edgewarden-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind("\0" + address[1:] if abstract else address)
-        manager.settimeout(5)
+        manager.settimeout(60)
         notifier = Notifier({"NOTIFY_SOCKET": address})
         notifier.ready("serving\nwrist")
         notifier.alive()

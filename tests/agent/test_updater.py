@@ -231,7 +231,7 @@ async def spoil(site: Site, digest: str, url: str, trouble: Callable[[], None]) 
     """A candidate that fails on probation, after `trouble` befell the disk; over when it is rolled back."""
     site.begin()
     site.updater.desired(wish(digest, url), "director")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not site.updater.lifecycle.update.swapped:
             site.updater.tick()
             await asyncio.sleep(0.01)
@@ -254,7 +254,7 @@ def test_a_pointer_that_cannot_be_written_does_not_hold_up_the_way_back(world: W
         if trouble == "refuse":
             assert site.updater.status()["unpointed"] is True
             disk.accept()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while site.updater.status()["unpointed"] and trouble != "damage":
                 site.updater.tick()
                 await asyncio.sleep(0.01)
@@ -284,7 +284,7 @@ def test_a_candidate_that_was_taken_back_is_not_served_again_because_its_pointer
 
     async def next_start() -> None:
         again.begin()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while again.updater.status()["unpointed"] or again.updater.lifecycle.update.state is State.ROLLING_BACK:
                 again.updater.tick()
                 await asyncio.sleep(0.01)
@@ -313,7 +313,7 @@ def test_a_candidate_in_trouble_on_probation_is_taken_back(world: World, status:
         with serving(world.repository.folder) as server:
             site.updater.desired(wish(digest, server.url), "director")
             await site.until(State.PROBATION)
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not site.updater.lifecycle.update.swapped:  # noqa: ASYNC110 - it has no event
                     await asyncio.sleep(0.01)
             site.statuses[FAMILY] = status

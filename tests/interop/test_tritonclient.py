@@ -82,7 +82,7 @@ def test_asynchronous_infer(client: triton.InferenceServerClient) -> None:
 
 
 def test_our_request_parameters_pass_through(client: triton.InferenceServerClient) -> None:
-    parameters = {"ew_time_s": 12.5, "ew_deadline_ms": 800.0}
+    parameters = {"ew_time_s": 12.5, "ew_deadline_ms": 80_000.0}
     result = client.infer("wrist", [tensor(window())], parameters=parameters, timeout=900_000)
     assert result.get_response()["parameters"]["ew_reason"] == "active"
 

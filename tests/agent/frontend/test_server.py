@@ -98,7 +98,7 @@ def play(tmp_path: Path, story: Callable[[Stage], Awaitable[None]], **options: A
         with listening(tmp_path) as (listener, path):
             stage = Stage(listener, path, **options)
             try:
-                await asyncio.wait_for(story(stage), 30)
+                await asyncio.wait_for(story(stage), 60)
             finally:
                 stage.server.close()
                 await until(lambda: not stage.server.connections)

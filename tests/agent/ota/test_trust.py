@@ -38,7 +38,7 @@ def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 def ask(world: World, url: str, *, wall_s: float = NOW_S, manifests: tuple[str, ...] = ()) -> authority.Verdict:
-    trusted = Authority(world.folder / "trust", world.root, timeout_s=5.0, limits=LIMITS)
+    trusted = Authority(world.folder / "trust", world.root, timeout_s=60.0, limits=LIMITS)
     return trusted.consult(url, wall_s=wall_s, manifests=[(FAMILY, digest) for digest in manifests])
 
 
@@ -115,7 +115,7 @@ def test_an_answer_that_is_broken_off_is_ended_at_once_and_not_when_its_error_is
         ask(world, server.url)
     for thread in threading.enumerate():
         if "process_request" in thread.name:  # sends until its client is gone
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()
     assert kept.tb is not None
 
@@ -351,7 +351,7 @@ def test_a_child_that_is_ended_or_dies_is_a_repository_out_of_reach(
 
 
 def test_the_highest_minimum_ever_signed_is_remembered(world: World, server: Server) -> None:
-    trusted = Authority(world.folder / "trust", world.root, timeout_s=5.0, limits=LIMITS)
+    trusted = Authority(world.folder / "trust", world.root, timeout_s=60.0, limits=LIMITS)
     trusted.consult(server.url, wall_s=NOW_S, families=[FAMILY, "unknown"])
     assert trusted.marks().minimums == {}
     world.repository.set_policy(FAMILY, FamilyPolicy("auto", (DEVICE,), {"wrist": 3}), now_s=NOW_S)

@@ -95,5 +95,5 @@ def test_no_thread_stays_behind_an_exchange() -> None:
         pass
     for thread in threading.enumerate():
         if thread.name == "ew-wire-limit":
-            thread.join(10)
+            thread.join(60)
             assert not thread.is_alive()

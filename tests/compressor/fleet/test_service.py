@@ -51,7 +51,7 @@ def config_of(broker: Broker, folder: Path, **web: Any) -> HostConfig:
         "host": {"folder": folder},
         "link": {"host": "127.0.0.1", "port": broker.port, "username": OPERATOR,
                  "password_file": str(broker.password_file(OPERATOR)), "session_s": 0},
-        "fleet": {"name": FLEET, "cohorts": {"canary": list(DEVICES)}, "patience_s": 0.2, "collect_s": 30},
+        "fleet": {"name": FLEET, "cohorts": {"canary": list(DEVICES)}, "patience_s": 0.2, "collect_s": 300},
         "http": {"port": 0},
         "web": {"port": 0, **web},
         "repository": {"folder": str(folder / "repository"), "keys": str(folder / "keys")},

@@ -59,7 +59,7 @@ class Site:
     def ask(
         self, path: str, *, method: str = "GET", body: str = "", **headers: str
     ) -> tuple[int, dict[str, str], str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             named = {name.replace("_", "-"): value for name, value in headers.items()}
             connection.request(method, path, body=body or None, headers=named)
@@ -223,7 +223,7 @@ def test_nothing_changes_by_looking(site: Site) -> None:
 
 
 def test_an_open_page_gets_what_changed_and_only_that(site: Site) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     connection.request("GET", "/live?page=fleet")
     answer = connection.getresponse()
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -250,7 +250,7 @@ def _event(answer: http.client.HTTPResponse) -> str:
 def test_open_streams_are_bounded_and_end_with_the_host(own_site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     site = own_site
     monkeypatch.setattr("compressor.web.app.MAX_STREAMS", 1)
-    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", site.port, timeout=60)
     connection.request("GET", "/live?page=fleet")
     answer = connection.getresponse()
     _event(answer)
