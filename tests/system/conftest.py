@@ -21,6 +21,7 @@ from agent.contract.errors import NotRunning
 from scripts.story.broker import OPERATOR, Broker
 
 FLEET, DEVICE = "test", "bench-1"
+PATIENT = {"EDGEWARDEN_WORKER__MISSED_PINGS": "30"}  # a worker that gets no time on a busy machine is not hung
 WAIT_S = 120.0  # only what never comes takes so long; a slow machine may need a good part of it
 
 
@@ -92,7 +93,8 @@ password_file = "{broker.password_file(DEVICE)}"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *options, "-m", "agent", "run", "--config", str(self.config)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(environment or {})},
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env={**os.environ, **PATIENT, **(environment or {})},
             )  # fmt: skip
         return self.process
 

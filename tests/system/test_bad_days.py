@@ -182,7 +182,6 @@ def test_status_without_an_agent_says_how_to_start_one(agent: Agent) -> None:
 def test_clients_that_send_batches_without_pause_leave_the_agent_time_for_everything_else(agent: Agent) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(agent.folder / "notify.sock"))
-        agent.write("[worker]\nmissed_pings = 10")  # few cores: the worker may be slow, the agent not
         agent.spawn(environment={"NOTIFY_SOCKET": str(agent.folder / "notify.sock")})
         wait_until(lambda: agent.admin.exists() and agent._serves(), "the agent serves")
         with Load(agent.address, gyro_off(record(seed=9).windows[:64])) as load:
