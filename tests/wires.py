@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from typing import Any
@@ -110,3 +111,15 @@ def message(x: np.ndarray, *, path: str = "/v2/models/wrist/infer", headers: str
         f"Content-Length: {len(head) + len(data)}\r\n\r\n"
     )
     return lines.encode() + head + data
+
+
+def agree(sides: tuple[Side, Side], pieces: list[bytes]) -> None:
+    """The same answers byte by byte, and the same observations."""
+
+    async def both() -> None:
+        cached, strict = (side.exchange(pieces) for side in sides)
+        observed, expected = (side.records() for side in sides)
+        assert cached == strict
+        assert observed == expected
+
+    asyncio.run(both())

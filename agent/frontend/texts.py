@@ -1,7 +1,8 @@
 """Requests and answers all in JSON, the short way: numbers from text into a lane's memory and back into text.
 
 The parser is msgspec's, told what to expect: one document of exactly the known form, whose numbers alone differ from
-those of a request that the strict path has answered. Anything else (another field, a nested list, a boolean among the
+those of a request that the strict path has answered. Where a document has one list of numbers and the text around it
+is the known one to the byte, the list alone is read. Anything else (another field, a nested list, a boolean among the
 numbers, a number that float32 cannot hold) is left to the strict path. The answer is put together from the pieces of
 the strict path's answer, and a wire that cannot make that very answer from its numbers is not used at all.
 """
@@ -42,6 +43,8 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _decode = msgspec.json.Decoder(_Document).decode
+_decode_numbers = msgspec.json.Decoder(list[float]).decode
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +52,8 @@ class TextWire:
     """One kind of JSON request, learned from one that was answered.
 
     `start`: where the document begins; `shapes`: of the inputs, by name in their order; `pieces`: the answer's
-    document before, between and after the numbers of `outputs`; `head`: of its HTTP, but for its length.
+    document before, between and after the numbers of `outputs`; `head`: of its HTTP, but for its length; `frame`: the
+    text of a request before and after its only list of numbers, which has the length of the one learned from.
     """
 
     start: int
@@ -58,6 +62,7 @@ class TextWire:
     outputs: Sequence[str]
     pieces: Sequence[bytes]
     head: tuple[bytes, bytes]
+    frame: tuple[bytes, bytes] | None = None
 
     @classmethod
     def learn(cls, message: bytes, start: int, outputs: Sequence[str], response: bytes) -> TextWire | None:
@@ -75,7 +80,8 @@ class TextWire:
         if split is None:
             return None
         shapes = [(each.name, each.datatype, each.shape) for each in document.inputs]
-        return cls(start, shapes, document.constants, tuple(outputs), *split)
+        frame = _frame(message[start:], document)
+        return cls(start, shapes, document.constants, tuple(outputs), *split, frame)
 
     def reader(self, lane: Lane) -> Callable[[bytes], object] | None:
         """See `agent.express.Wire`."""
@@ -98,11 +104,13 @@ class TextWire:
                     if each.name != name or each.datatype != datatype or each.shape != shape:
                         return True
                     pack(place, 0, *each.data)
-            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, struct.error, OverflowError):
+            except _UNREADABLE:
                 return True
             return False
 
-        return read
+        if self.frame is None:
+            return read
+        return _framed(self.frame, start, expected[0][3:], read)
 
     def writer(self, lane: Lane) -> Callable[[], bytes] | None:
         """See `agent.express.Wire`."""
@@ -111,6 +119,15 @@ class TextWire:
         flat = [lane.outputs[name].ravel() for name in self.outputs]
         first, *others = self.pieces
         before, behind = self.head
+        if len(flat) == 1:
+            numbers, opening, closing = flat[0].tolist, behind + first, others[0]
+            size = len(first) + len(closing)
+
+            def respond_one() -> bytes:
+                text = _encode(numbers())
+                return b"%b%d%b%b%b" % (before, size + len(text), opening, text, closing)
+
+            return respond_one
 
         def respond() -> bytes:
             parts = [first]
@@ -120,6 +137,56 @@ class TextWire:
             return b"%b%d%b%b" % (before, len(body), behind, body)
 
         return respond
+
+
+def _framed(
+    frame: tuple[bytes, bytes],
+    start: int,
+    target: tuple[memoryview, Callable[..., None]],
+    otherwise: Callable[[bytes], bool],
+) -> Callable[[bytes], bool]:
+    """A reader for documents with this text around their numbers.
+
+    With the writer for one output it takes a request of 32 numbers from 10.2 to 8.0 us (`scripts/bench request`).
+    """
+    (before, behind), (place, pack) = frame, target
+    first, last = start + len(before), len(behind)
+
+    def read(data: bytes) -> bool:
+        if not (data.startswith(before, start) and data.endswith(behind)):
+            return otherwise(data)
+        try:
+            pack(place, 0, *_decode_numbers(data[first:-last]))
+        except _UNREADABLE:
+            return True
+        return False
+
+    return read
+
+
+def _frame(body: bytes, document: _Document) -> tuple[bytes, bytes] | None:
+    """What stands before and after the only list of numbers in a document; None: it has several, or it is not found.
+
+    Found is what can be replaced by other numbers so that the document says the same but for these.
+    """
+    if len(document.inputs) != 1 or not document.inputs[0].data:
+        return None
+    numbers = document.inputs[0].data
+    others = [0.5 if each != 0.5 else 0.25 for each in numbers]
+    begin = body.find(b"[", body.find(b'"data"'))
+    end = body.find(b"]", begin) + 1
+    if begin < 0 or end <= 0:
+        return None
+    before, behind = body[:begin], body[end:]
+    try:
+        probe = _decode(before + _encode(others) + behind)
+    except msgspec.MsgspecError:
+        return None
+    same = probe.constants == document.constants and len(probe.inputs) == 1
+    one, known = probe.inputs[0], document.inputs[0]
+    if not same or (one.name, one.datatype, one.shape, one.data) != (known.name, known.datatype, known.shape, others):
+        return None
+    return before, behind
 
 
 def _split(response: bytes, outputs: int) -> tuple[list[bytes], tuple[bytes, bytes]] | None:

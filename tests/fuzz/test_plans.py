@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.models import engine_plan, floor_plan, guard_plan, service_plan, window
-from tests.wires import Side, message
+from tests.models import window
+from tests.wires import Side, agree, message
 
 QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module", params=["plain", "guarded"])
-def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side]]:
-    folder = tmp_path_factory.mktemp("plans")
-    engines = (
-        engine_plan(folder, "wrist", trouble="nan"),
-        engine_plan(folder, "wrist-accel", scale=2.0),
-        floor_plan(),
-    )
-    plan = service_plan(*engines, guard=guard_plan() if request.param == "guarded" else None)
-    cached, strict = Side(plan, cached=True), Side(plan, cached=False)
-    yield cached, strict
-    assert len(cached.server.plans) > 0  # else nothing was tested
-    cached.close()
-    strict.close()
-
-
-def agree(sides: tuple[Side, Side], pieces: list[bytes]) -> None:
-    async def both() -> None:
-        cached, strict = (side.exchange(pieces) for side in sides)
-        observed, expected = (side.records() for side in sides)
-        assert cached == strict
-        assert observed == expected
-
-    asyncio.run(both())
 
 
 def odd(x: np.ndarray, value: float) -> np.ndarray:

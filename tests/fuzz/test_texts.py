@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.models import LENGTH, engine_plan, floor_plan, guard_plan, service_plan, window
-from tests.wires import Side
+from agent.frontend.texts import TextWire
+from tests.models import LENGTH, window
+from tests.wires import Side, agree
 
 QUICK = settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -58,6 +57,10 @@ SOUND = [
     text(numbers(), headers="Content-Type: application/json\r\n"), text(numbers(), headers="Connection: close\r\n"),
 ]  # fmt: skip
 ODD = [
+    replaced(b'{"inputs"', b'{"parameters": {"data": [1, 2]}, "inputs"'), text(numbers(), id='"data": [1, 2]'),
+    replaced(b'{"inputs"', b'{"parameters": {"data": %b}, "inputs"' % json.dumps(numbers()).encode()),
+    replaced(b'"data"', b'"data": %b, "data"' % json.dumps(numbers(3)).encode()),
+    replaced(b'"data"', b'"d\\u0061ta"'), replaced(b'"data": [', b'"data" :\n[ '),
     text(numbers()[:-1]), text([*numbers(), 1.0]), text([]), text(None), text("text"), text(numbers(), name="other"),
     text(changed(5, True)), text(changed(5, None)), text(changed(5, "1")), text(changed(5, [1.0])),
     text(changed(5, 1e39)), text(changed(5, 3.4028235677973366e38)), text(changed(5, -1e-46)),
@@ -74,37 +77,24 @@ ODD = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["plain", "guarded"])
-def sides(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Side]]:
-    folder = tmp_path_factory.mktemp("texts")
-    engines = (
-        engine_plan(folder, "wrist", trouble="nan"),
-        engine_plan(folder, "wrist-accel", scale=2.0),
-        floor_plan(),
-    )
-    plan = service_plan(*engines, guard=guard_plan() if request.param == "guarded" else None)
-    cached, strict = Side(plan, cached=True), Side(plan, cached=False)
-    yield cached, strict
-    assert len(cached.server.plans) > 0  # else nothing was tested
-    cached.close()
-    strict.close()
-
-
-def agree(sides: tuple[Side, Side], pieces: list[bytes]) -> None:
-    async def both() -> None:
-        cached, strict = (side.exchange(pieces) for side in sides)
-        observed, expected = (side.records() for side in sides)
-        assert cached == strict
-        assert observed == expected
-
-    asyncio.run(both())
-
-
 @pytest.mark.parametrize("one", [*SOUND, *ODD])
 def test_every_kind_of_document_behind_every_plan(sides: tuple[Side, Side], one: bytes) -> None:
     agree(sides, [one] * 4)
     for known in SOUND[:2]:
         agree(sides, [known] * 3 + [one, known])
+
+
+def test_the_text_around_the_numbers_is_learned(sides: tuple[Side, Side]) -> None:
+    def frame(one: bytes) -> tuple[bytes, bytes] | None:
+        (answer, _), _ = sides[1].exchange([one]), sides[1].records()
+        names = [output["name"] for output in json.loads(answer.partition(b"\r\n\r\n")[2])["outputs"]]
+        wire = TextWire.learn(one, one.index(b"\r\n\r\n") + 4, names, answer)
+        return wire and wire.frame
+
+    plain = text(numbers())
+    before, behind = frame(plain) or (b"", b"")
+    assert json.loads(before + json.dumps(numbers(2)).encode() + behind)["inputs"][0]["data"] == numbers(2)
+    assert frame(replaced(b'{"inputs"', b'{"parameters": {"data": [1, 2]}, "inputs"')) is None  # other numbers first
 
 
 def test_documents_of_one_length_share_a_plan_and_differ_in_their_answers(sides: tuple[Side, Side]) -> None:
