@@ -242,7 +242,7 @@ def broker_away(context: Context, *, windows: int = 400) -> None:
     wait_until(lambda: _settled(context.world.status()), "the outbox is empty again", timeout_s=60)
     sent = int(context.world.status()["outbox"]["next_seq"]) - 1
     with contextlib.suppress(StoryError):  # if something is lost for good, the report says so
-        wait_until(lambda: _missing(context, sent) == 0, "every message arrived", timeout_s=20)
+        wait_until(lambda: _missing(context, sent) == 0, "every message arrived", timeout_s=60)
     context.report["outage"] = {
         "lost": _missing(context, sent),
         "messages": sent,

@@ -124,7 +124,7 @@ def _first_drift(fleet: Fleet, before: int) -> dict[str, Any]:
         found[:] = [event for event in events if event["device"] in names and event["kind"] == "drift"]
         return bool(found)
 
-    wait_until(arrived, "a new wearer's device reports drift", timeout_s=120)
+    wait_until(arrived, "a new wearer's device reports drift", timeout_s=240)
     return found[0]
 
 
@@ -325,5 +325,5 @@ def _offer(fleet: Fleet, wearer: Wearer, number: int, digest: str, repository: s
     """Let the true director ask for it beside what serves; returns how the device refused."""
     digests = _digests(wearer) | {SERVICE: digest}
     fleet.host.direct(wearer.device, version=number, digests=digests, repository=repository)
-    said = wait_for_state(fleet.context.world, wearer.device, number, REFUSED, timeout_s=90)
+    said = wait_for_state(fleet.context.world, wearer.device, number, REFUSED, timeout_s=180)
     return {"code": said["code"], "state": said["update_state"]}

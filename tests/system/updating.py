@@ -19,7 +19,7 @@ from compressor.keys import KeyRing
 from compressor.publish import Repository
 from scripts.story.subscriber import Subscriber
 from tests.agent.ota.server import Server, serving
-from tests.system.conftest import DEVICE, FLEET, Agent, wait_until
+from tests.system.conftest import DEVICE, FLEET, WAIT_S, Agent, wait_until
 
 ENDS = frozenset({"committed", "rejected", "failed", "quarantined", "rolled_back", "superseded"})
 TOPICS = Topics(FLEET, DEVICE)
@@ -82,7 +82,7 @@ class Director:
         """What the newest report complains of; "" = nothing, or no report yet."""
         return next((str(one["code"]) for one in reversed(self.reports())), "")
 
-    def end(self, version: int, *, within_s: float = 60.0) -> dict[str, Any]:
+    def end(self, version: int, *, within_s: float = WAIT_S) -> dict[str, Any]:
         """What the device reported when it was done with a desired version."""
 
         def found() -> dict[str, Any] | None:
