@@ -24,7 +24,7 @@ from agent.attempt import Ended
 from agent.contract.tensors import HEADER_LENGTH, Buffer
 from agent.express import Left
 from agent.frontend.plans import MAX_PREFIX_BYTES, Plan, PlanCache
-from agent.frontend.unread import Unread
+from agent.frontend.unread import Unread, put
 from agent.sockets import client_of
 
 MAX_HEAD_BYTES = 16 * 1024
@@ -468,7 +468,7 @@ class Connection(asyncio.Protocol):
         self._url = b""
         self._headers: dict[str, str] = {}
         self._head_bytes = self._partial_bytes = 0
-        self._body: list[bytes] = []
+        self._body: list[bytes | bytearray] = []
         self._size = 0
         self._turned_away = None
         self._in_head = True
@@ -530,7 +530,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if self._turned_away is None:
-            self._body.append(body)
+            put(self._body, body)
 
     def on_message_complete(self) -> None:
         self._reading_since_ns = 0
@@ -552,7 +552,7 @@ class Connection(asyncio.Protocol):
             self._balance()
 
     def _handle(self, pending: _Pending, method: str) -> None:
-        body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
+        body = bytes(self._body[0]) if len(self._body) == 1 else b"".join(self._body)
         request = HttpRequest(method, self._path(), self._headers, body, self.last_ns, self._client)
         self._body = []
         if self._chunk and not (pending.closing or pending.kept):

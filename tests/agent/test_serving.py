@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -620,7 +621,16 @@ def test_troubles_of_one_kind_are_counted_together(tmp_path: Path, ring_fd: int)
 
 
 def test_closing_ends_what_still_runs(tmp_path: Path, ring_fd: int) -> None:
+    runners: list[threading.Thread] = []
+
     async def story(stage: Stage) -> None:
         stage.submit(window(TOLD), deadline_ms=600_000.0)
+        runner = stage.serving._runners["wrist"]
+        while not runner._watch.started_ns:  # noqa: ASYNC110 - a watch has no events
+            await asyncio.sleep(0.001)
+        runners.append(runner._thread)
 
     play(three(tmp_path, "slow"), ring_fd, story, stuck_after_s=600.0, inline_us=THREAD)
+    [thread] = runners
+    thread.join(30)
+    assert not thread.is_alive()

@@ -5,7 +5,7 @@ import random
 import httptools
 import pytest
 
-from agent.frontend.unread import HEAD_ROOM_BYTES, MAX_MOVABLE_BYTES, Unread
+from agent.frontend.unread import HEAD_ROOM_BYTES, MAX_MOVABLE_BYTES, WHOLE_PIECE_BYTES, Unread, put
 
 
 class Parser:
@@ -110,3 +110,16 @@ def test_nothing_is_kept_between_requests() -> None:
         unread.feed(piece, parser.feed(piece), reading=parser.reading)
     assert not parser.reading
     assert unread.size == 0
+
+
+def test_many_small_pieces_cost_little_more_than_their_bytes() -> None:
+    rng = random.Random(1)  # noqa: S311 - test data
+    pieces: list[bytes | bytearray] = []
+    received = [rng.randbytes(rng.choice([2, 3, 50, 5000])) for _ in range(2000)]
+    small = [rng.randbytes(2) for _ in range(100_000)]
+    for piece in [*received, *small]:
+        put(pieces, piece)
+    assert b"".join(pieces) == b"".join([*received, *small])
+    assert pieces[0] is received[0]
+    large = sum(len(piece) >= 4096 for piece in received)
+    assert len(pieces) <= 2 * large + 2 + 200_000 // WHOLE_PIECE_BYTES
