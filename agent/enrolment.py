@@ -12,10 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from typing import TYPE_CHECKING, Any, Protocol
 
 from agent.chores import Chores
 from agent.clock import monotonic_s, wall_s
@@ -25,6 +22,9 @@ from agent.contract.signed import public_bytes
 from agent.decisions.events import Publish
 from agent.ota import wire
 from agent.ota.files import write_file
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 ENROLMENT = "enrolment"  # name of a value in the store
 KEY = "device.pem"
@@ -140,6 +140,10 @@ def enrol(config: AgentConfig) -> Accepted:
 
 def device_key(folder: Path) -> Ed25519PrivateKey:
     """The key pair of this device, made at the first call. Raises: DiskFull, StorageError, StateUnreadable."""
+    # not above: see `agent.contract.signed`
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     path = folder / KEY
     if not path.exists():
         private = Ed25519PrivateKey.generate()

@@ -38,6 +38,12 @@ def test_light_commands_load_neither_numpy_nor_a_validation_library(config: Path
     assert not loaded & {"numpy", "pydantic", "onnxruntime", "paho", "asyncio"}
 
 
+def test_the_agent_loads_cryptography_only_when_something_is_signed() -> None:
+    program = "import sys, agent.daemon; print(*{'cryptography', 'tuf', 'onnxruntime'}.intersection(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_every_value_is_shown_with_its_origin(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check-config", "--config", str(config)]) == 0
     lines = capsys.readouterr().out.splitlines()
