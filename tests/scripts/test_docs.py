@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
+from compressor.verify import verify_artifact
 from scripts.render_docs import REFERENCE, pages
+from tests.models import model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -50,3 +55,16 @@ def test_errors_of_updates_and_of_the_compressor_are_listed_with_their_exit_code
         "GateFailed | `gate_failed` | 11",
     ):
         assert row in page
+
+
+def test_the_task_guide_makes_an_artifact_of_an_onnx_file(tmp_path):
+    declared = onnx.helper.make_tensor_value_info
+    x, p = (declared(name, onnx.TensorProto.FLOAT, ["rows", size]) for name, size in (("x", 4), ("p", 3)))
+    weights = onnx.helper.make_tensor("weights", onnx.TensorProto.FLOAT, [4, 3], [0.5] * 12)
+    product = onnx.helper.make_node("MatMul", ["x", "weights"], ["p"])
+    onnx.save(model([product], [x], [p], [weights]), tmp_path / "model.onnx")
+    section = (ROOT / "docs/task-guide.md").read_text().partition("## Only an ONNX file")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert code
+    subprocess.run([sys.executable, "-c", code.group(1)], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)
+    assert verify_artifact(tmp_path / "iris")["name"] == "iris"
