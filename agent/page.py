@@ -196,8 +196,10 @@ def _whole(numbers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _event(line: Line) -> dict[str, Any]:
-    severity = line.severity.name.lower()
-    return {"at": line.at, "time": iso(line.at), "severity": severity, "event": line.event, "text": line.text}
+    return {
+        "at": line.at, "time": iso(line.at), "severity": line.severity.name.lower(), "event": line.event,
+        "service": str(line.fields.get("service", "")), "text": line.text,
+    }  # fmt: skip
 
 
 # --- Prometheus --------------------------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def draw(status: Document, look: Look) -> str:
         *_link(status, look),
         *_update(status["update"], look),
         "",
-        *_events(status["events"], look),
+        *_events(status["events"], look, several=len(status["services"]) > 1),
     ]
     return "\n".join(look.cut(line.rstrip()) for line in lines)
 
@@ -258,11 +258,13 @@ def _journey(update: Document) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _events(events: list[Document], look: Look) -> Iterator[str]:
+def _events(events: list[Document], look: Look, *, several: bool) -> Iterator[str]:
+    """The last ones; whose they are is said where the device has several services."""
     yield look.paint("last events (UTC)", "dim")
     for event in events[-8:]:
         time = iso(event["at"])[11:19]
-        text = f"{event['event']}: {event['text']}"
+        whose = f" ({event['service']})" if several and event["service"] else ""
+        text = f"{event['event']}{whose}: {event['text']}"
         yield f"  {time} {look.paint(text, OF_SEVERITY.get(event['severity'], ''))}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -132,23 +133,33 @@ def _narrate_until_committed(fleet: Fleet, started: float) -> None:
     """Print decisions and update states as they come; returns when every device has committed."""
     told: set[str] = set()
     deadline = started + LOOP_LIMIT_S
-    while True:
-        fleet.host.check()
-        for line in _news(fleet):
-            if line not in told:
-                told.add(line)
-                fleet.context.console.print(f"   {clock.monotonic_s() - started:5.0f} s  {line}")
-        states = [_states(fleet, wearer.device) for wearer in fleet.wearers]
-        if all(seen and seen[-1]["update_state"] == "committed" for seen in states):
-            return
-        for wearer, seen in zip(fleet.wearers, states, strict=True):
-            if seen and seen[-1]["update_state"] in REFUSED:
-                raise StoryError(f"{wearer.device} ended its update {seen[-1]['update_state']}: {seen[-1]['code']}")
-        if clock.monotonic_s() > deadline:
-            raise StoryError(
-                f"the loop did not close within {LOOP_LIMIT_S:.0f} s; the host's log: {fleet.host.folder}/host.log"
-            )
-        clock.sleep(2.0)  # asking the host costs half a second of this small machine's time
+    console = fleet.context.console
+    with console.status("") as waiting:  # a terminal alone shows it: making version 2 is silent for a minute
+        while True:
+            fleet.host.check()
+            for line in _news(fleet):
+                if line not in told:
+                    told.add(line)
+                    console.print(f"   {clock.monotonic_s() - started:5.0f} s  {line}")
+            states = [_states(fleet, wearer.device) for wearer in fleet.wearers]
+            if all(seen and seen[-1]["update_state"] == "committed" for seen in states):
+                return
+            for wearer, seen in zip(fleet.wearers, states, strict=True):
+                if seen and seen[-1]["update_state"] in REFUSED:
+                    raise StoryError(
+                        f"{wearer.device} ended its update {seen[-1]['update_state']}: {seen[-1]['code']}"
+                    )
+            if clock.monotonic_s() > deadline:
+                raise StoryError(_too_slow(fleet))
+            waiting.update(f"{clock.monotonic_s() - started:.0f} s since the first report")
+            clock.sleep(2.0)  # asking the host costs half a second of this small machine's time
+
+
+def _too_slow(fleet: Fleet) -> str:
+    """Why it took too long, as far as one can tell: mostly others who want the same cores."""
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    busy = f"{load:.0f} processes wanted this machine's {cpus} cores in the last minute; " if load > 3 * cpus else ""
+    return f"the loop did not close within {LOOP_LIMIT_S:.0f} s; {busy}the host's log: {fleet.host.folder}/host.log"
 
 
 def _news(fleet: Fleet) -> list[str]:

@@ -47,7 +47,9 @@ STATUS: dict[str, Any] = {
         "waiting": {"code": "", "text": ""}, "orders": {"refused": {"untrusted": 2}},
     },
     "faults": 0,
-    "events": [{"at": 0.0, "severity": "error", "event": "link.lost", "text": "the connection is lost"}],
+    "events": [
+        {"at": 0.0, "severity": "error", "event": "link.lost", "service": "", "text": "the connection is lost"}
+    ],
 }  # fmt: skip
 
 
@@ -159,3 +161,12 @@ def test_numbers_in_words() -> None:
     ]  # fmt: skip
     assert [microseconds(v) for v in (None, 80, 12_345, 2_500_000)] == ["-", "80 µs", "12.3 ms", "2.50 s"]
     assert [size(v) for v in (None, 12, 2_000, 3.4e6, 5e9)] == ["-", "12 B", "2 kB", "3 MB", "5.0 GB"]
+
+
+def test_of_several_services_an_event_says_whose_it_is() -> None:
+    event = {"at": 0.0, "severity": "notice", "event": "event.health", "service": "wrist", "text": "all is well"}
+    one = {**STATUS, "events": [*STATUS["events"], event]}
+    assert "event.health: all is well" in draw(one, Look())
+    screen = draw({**one, "services": [SERVICE, {**SERVICE, "name": "voice"}]}, Look())
+    assert "event.health (wrist): all is well" in screen
+    assert "link.lost: the connection is lost" in screen
