@@ -31,6 +31,7 @@ from compressor.fleet.database import Database, devices, plans
 from compressor.fleet.http import Doors, make_app, sweep
 from compressor.fleet.inbox import Roster
 from compressor.fleet.ingest import Ingest
+from compressor.fleet.known import Known
 from compressor.fleet.means import Director, Means, Publisher, Trainer
 from compressor.fleet.pipelines import SubprocessTrainer
 from compressor.fleet.situation import HELD
@@ -53,10 +54,17 @@ class Changes:
     def __init__(self) -> None:
         self.count = 0
         self.wake = threading.Event()
+        self._lock = threading.Lock()
 
     def note(self) -> None:
-        self.count += 1
+        """There is something to look at, and perhaps something to do."""
+        self.seen()
         self.wake.set()
+
+    def seen(self) -> None:
+        """There is something to look at."""
+        with self._lock:  # two at once are two: a page that has seen one of them looks again
+            self.count += 1
 
 
 class Service:
@@ -81,7 +89,6 @@ class Service:
         self.config, self._say = config, say
         self.changes = Changes()
         self._counters: Counter[str] = Counter()
-        self._known: frozenset[str] = frozenset()
         self._stopping = threading.Event()
         self._ready = threading.Event()
         repository = Path(config.repository.folder) if config.repository.folder else None
@@ -198,20 +205,22 @@ class Service:
     # --- who may speak ------------------------------------------------------------------------------------------
     def _roster(self) -> Roster:
         fleet = self.config.fleet
-        self._enrolled(waking=False)
+        self._known = Known(self._members)
         return Roster(
-            fleet=fleet.name, prefix=self.config.link.prefix, known=lambda device: device in self._known,
+            fleet=fleet.name, prefix=self.config.link.prefix, known=self._known.__contains__,
             quota=fleet.max_messages_per_day,
         )  # fmt: skip
 
-    def _enrolled(self, *, waking: bool = True) -> None:
+    def _members(self) -> set[str]:
         """Devices enrolled by token, and those that the configuration puts into a cohort."""
         with self.database.reading() as tx:
             enrolled = devices.known(tx)
-        listed = {device for members in self.config.fleet.cohorts.values() for device in members}
-        self._known = frozenset(enrolled | listed)
-        if waking:
-            self.changes.note()
+        return enrolled | {device for members in self.config.fleet.cohorts.values() for device in members}
+
+    def _enrolled(self) -> None:
+        """Somebody new is here, or a recording of a device."""
+        self._known.refresh()
+        self.changes.note()
 
     # --- the steward's thread -----------------------------------------------------------------------------------
     def _run_steward(self) -> None:
@@ -224,11 +233,11 @@ class Service:
                     self.steward.start(now_s=clock.wall_s())
                     refreshed = True
                 if self.steward.step(self.ingest.replies(), now_s=clock.wall_s()):
-                    self.changes.count += 1
+                    self.changes.seen()
                 if clock.monotonic_s() - tidied_s >= min(TIDY_S, self.config.repository.refresh_s):
                     tidied_s = clock.monotonic_s()
                     self.steward.tidy(now_s=clock.wall_s())
-                    self._enrolled(waking=False)
+                    self._known.refresh()
                 self._counters["steps"] += 1
             except EdgewardenError as error:
                 self._failed_step(error.sentence())
