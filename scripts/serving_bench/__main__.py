@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from scripts.lib.machine import BUILD, keep, load_average, machine, previous
 from scripts.serving_bench.load import Load
 from scripts.serving_bench.parts import PARTS, QUICK, Bench
 from scripts.serving_bench.processes import Failed
 from scripts.serving_bench.results import compare, empty, lines
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = ROOT / "build/bench"
+RESULTS = BUILD / "results"
+PACKAGES = ("onnxruntime", "numpy", "uvloop", "httptools", "msgspec")
 QUICK_SCALE = 0.15
 
 
@@ -29,9 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit codes: 0 measured, whatever the result; 1 a part could not be measured; 2 wrong usage."""
     options = _parser().parse_args(arguments)
     names = _wanted(options)
-    previous = _previous(options.compare)
+    before = _previous(options.compare)
     document = empty()
-    document["machine"] = _machine(quick=options.quick)
+    document["machine"] = machine(PACKAGES, quick=options.quick)
     began_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="ewb-") as scratch:  # a short path: sockets live below it
         try:
@@ -42,10 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             document["missing"]["everything"] = str(error)
         except KeyboardInterrupt:
             document["missing"]["the rest"] = "interrupted"
-    document["machine"]["load_average_after"] = _load_average()
+    document["machine"]["load_average_after"] = load_average()
     document["seconds"] = round(time.monotonic() - began_s, 1)
-    _keep(document, options.json)
-    _print(document, previous)
+    keep(document, RESULTS, options.json)
+    _print(document, before)
     return 1 if document["missing"] else 0
 
 
@@ -64,7 +60,7 @@ def _measure(bench: Bench, names: Sequence[str], document: dict[str, Any], out: 
         document["details"][name] = found.pop("details", {})
         for section, values in found.items():
             document[section].update(values)
-        _keep(document, out)
+        keep(document, RESULTS, out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,56 +92,13 @@ def _wanted(options: argparse.Namespace) -> list[str]:
 
 
 def _previous(text: str) -> dict[str, Any] | None:
-    if not text:
-        return None
-    if text == "last":
-        kept = sorted((BUILD / "results").glob("*.json"), key=lambda path: path.stat().st_mtime)
-        if not kept:
-            _parser().error("there is no earlier result below build/bench/results")
-        text = str(kept[-1])
     try:
-        document: dict[str, Any] = json.loads(Path(text).read_text())
-    except (OSError, ValueError) as error:
-        _parser().error(f"{text} cannot be read: {error}")
-    return document
+        return previous(text, RESULTS) if text else None
+    except ValueError as error:
+        _parser().error(str(error))
 
 
-def _machine(*, quick: bool) -> dict[str, Any]:
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return {
-        "commit": commit or "unknown", "machine": platform.machine(), "cpu": _cpu(), "cores": os.cpu_count(),
-        "system": platform.platform(), "python": platform.python_version(),
-        **{name: version(name) for name in ("onnxruntime", "numpy", "uvloop", "httptools", "msgspec")},
-        "load_average": _load_average(), "quick": quick,
-    }  # fmt: skip
-
-
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return "unknown"
-
-
-def _load_average() -> list[float]:
-    return [round(value, 2) for value in os.getloadavg()]
-
-
-def _keep(document: dict[str, Any], out: Path | None) -> None:
-    """Write, then rename: an interrupted run leaves a whole file."""
-    machine = document["machine"]
-    kind = "quick" if machine["quick"] else "full"
-    kept = BUILD / "results" / f"{machine['commit']}-{platform.node()}-{kind}.json"
-    for path in (kept, *([out] if out else [])):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(document, indent=1) + "\n")
-        part.replace(path)
-
-
-def _print(document: dict[str, Any], previous: dict[str, Any] | None) -> None:
+def _print(document: dict[str, Any], before: dict[str, Any] | None) -> None:
     print("  ".join(f"{key} {value}" for key, value in document["machine"].items()))
     floor = document["floor"]
     print(f"\nfloor: C echo {floor['echo_us']} us, bound run {floor['bound_run_us']} us")
@@ -153,8 +106,8 @@ def _print(document: dict[str, Any], previous: dict[str, Any] | None) -> None:
     versions = document["details"].get("peers", {}).get("versions", {})
     for name, packages in versions.items():
         print(f"{name}: " + ", ".join(f"{package} {number}" for package, number in packages.items()))
-    if previous is not None:
-        print(f"\nchange since {previous['machine']['commit']}\n" + "\n".join(compare(previous, document)))
+    if before is not None:
+        print(f"\nchange since {before['machine']['commit']}\n" + "\n".join(compare(before, document)))
     print(f"\n{document['seconds']:.0f} s")
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.lib import environments
 from scripts.serving_bench.load import Load, Question, Target, http_request
 from scripts.serving_bench.models import Model
 from scripts.serving_bench.ours import free_port
@@ -64,17 +63,10 @@ def prepare(peer: Peer, folder: Path) -> dict[str, str]:
 
     Raises: Failed: pip refuses.
     """
-    environment, pinned = folder / peer.name, HERE / f"{peer.name}.txt"
-    stamp = environment / "pinned.txt"
-    if not stamp.exists() or stamp.read_text() != pinned.read_text():
-        _run([sys.executable, "-m", "venv", "--clear", str(environment)])
-        _run([str(environment / "bin/pip"), "install", "-q", "--disable-pip-version-check", "-r", str(pinned)])
-        stamp.write_text(pinned.read_text())
-    listed = dict(line.strip().split("==") for line in pinned.read_text().splitlines() if "==" in line)
-    return {name: listed[name] for name in (*peer.packages, "onnxruntime")}
+    return environments.prepare(folder / peer.name, HERE / f"{peer.name}.txt", (*peer.packages, "onnxruntime"))
 
 
-def start(peer: Peer, environments: Path, model: Model, scratch: Path) -> tuple[Group, Target, Question]:
+def start(peer: Peer, folder: Path, model: Model, scratch: Path) -> tuple[Group, Target, Question]:
     """Its server on a free port, and the request for it; the caller ends the group."""
     scratch.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -91,7 +83,7 @@ def start(peer: Peer, environments: Path, model: Model, scratch: Path) -> tuple[
         "PYTHONPATH": str(HERE), "EW_BENCH_MODEL": str(model.onnx), "BENTOML_DO_NOT_TRACK": "true",
         "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1", "BENTOML_HOME": str(scratch / "bentoml"),
     }  # fmt: skip
-    command = peer.command(environments / peer.name / "bin", model.onnx, port, scratch)
+    command = peer.command(folder / peer.name / "bin", model.onnx, port, scratch)
     group = Group(command, scratch / "log", environment=quiet, folder=HERE)
     return group, Target(port=port), Question(file)
 
@@ -113,9 +105,3 @@ def listens(port: int) -> bool:
     with socket.socket() as sock:
         sock.settimeout(1)
         return sock.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise Failed(f"{' '.join(command[:4])}: {(done.stderr or done.stdout).strip()[-300:]}")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
+from scripts.lib.environments import Failed
+
+__all__ = ["Failed", "Group", "cpu_s", "pss_mb", "rss_mb", "tree"]
+
 TICKS = os.sysconf("SC_CLK_TCK")
 PAGE = os.sysconf("SC_PAGE_SIZE")
-
-
-class Failed(Exception):
-    """A part of the bench could not be measured; its text says why."""
 
 
 class Group:

@@ -1,0 +1,1 @@
+"""Scripts that run in the peers' own environments; each answers JSON lines."""

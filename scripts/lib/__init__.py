@@ -1,0 +1,1 @@
+"""What several scripts need: set-up (shell), goals and their table, the machine, environments of peers."""
