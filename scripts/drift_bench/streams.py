@@ -153,7 +153,7 @@ def wider(features: slice | int, factor: float) -> Change:
 
 
 def correlate(pairs: int, rho: float) -> Change:
-    """Features 0 and 1, 2 and 3, ... of `pairs` pairs get the correlation; their own distributions stay (Gaussian)."""
+    """Features 0 and 1, 2 and 3, ... of `pairs` pairs get the correlation; theirs stay (Gaussian)."""
 
     def apply(z: Array, _: np.random.Generator) -> Array:
         out = z.copy()

@@ -42,7 +42,9 @@ class Length:
     finished: bool = True
 
 
-def false_alarms(detector: Detector, source: Source, rows: int, *, until: Callable[[], bool] = lambda: False) -> Length:
+def false_alarms(
+    detector: Detector, source: Source, rows: int, *, until: Callable[[], bool] = lambda: False
+) -> Length:
     """Alarms in `rows` rows of the unchanged stream, reset after each."""
     detector.reset()
     seen = alarms = 0
@@ -86,7 +88,7 @@ def delays(
     make: Make, cases: Sequence[str], *, d: int, n_ref: int, references: int, runs: int,
     until: Callable[[], bool] = lambda: False,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """Case -> delays of `references` x `runs` runs, fewer when the time is over. Every detector sees the same rows."""
+    """Case -> delays of `references` x `runs` runs, fewer when the time is over. All see the same rows."""
     found: dict[str, list[float]] = {name: [] for name in cases}
     for seed in range(references):
         made: dict[str, tuple[Detector, Source]] = {}
