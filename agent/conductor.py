@@ -199,9 +199,9 @@ class Conductor:
 
     # --- beats ----------------------------------------------------------------------------------------------
     def read_observations(self) -> None:
-        """One bounded read; while more waits the next follows after whatever else the loop has to do."""
+        """One bounded read; while many wait the next follows after whatever else the loop has to do."""
         self._read_once()
-        if self._next_read is None and self._parts.intake.statistics()["behind"]:
+        if self._next_read is None and self._parts.intake.in_arrears:
             self._next_read = asyncio.get_running_loop().call_soon(self._read_on)
 
     def _read_on(self) -> None:

@@ -84,7 +84,7 @@ class Intake:
         self._sources[generation].ended = True
 
     def read(self, now_ns: int | None = None) -> tuple[Records, int]:
-        """(new records, records lost or left out since the last call). Bounded; call again while `behind`.
+        """(new records, records lost or left out since the last call). Bounded; call again while `in_arrears`.
 
         `now_ns`: monotonic; what may be read depends on it. None: as if no time had passed.
         """
@@ -107,6 +107,16 @@ class Intake:
         """(service, what was counted) up to the last `read`, with the engine numbers of the lineup."""
         tallies, self._tallies = self._tallies, []
         return tallies
+
+    @property
+    def in_arrears(self) -> bool:
+        """Whether a call of `read` now would take in a whole lot of records.
+
+        Fewer wait for the next beat: read as soon as they come, a busy worker's records come a handful at a time, and
+        a call takes 1 ms even for one.
+        """
+        waiting = max((source.reader.statistics()["behind"] for source in self._sources.values()), default=0)
+        return waiting >= READ_AT_ONCE and self._credit_records >= READ_AT_ONCE
 
     def reads_behind(self) -> int:
         """How many calls of `read` take in what waits now, and let go of the rings that have ended. Bounded."""

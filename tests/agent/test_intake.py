@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agent.contract.plan import WorkerPlan
-from agent.intake import RECORDS_PER_S, SAVED_RECORDS, Intake
+from agent.intake import READ_AT_ONCE, RECORDS_PER_S, SAVED_RECORDS, Intake
 from agent.monitor import Monitor, MonitorPlan
 from agent.observation import NO_ENGINE, Observation, Outcome, RingWriter
 from tests.models import engine_plan, floor_plan, service_plan
@@ -129,6 +129,25 @@ def test_above_the_budget_the_oldest_records_are_left_out_and_every_request_is_c
     latency = monitor.statistics()["latency"]["wrist-accel"]
     assert (latency["count"], latency["total_us"]) == (40_000, 2_000_000)
     assert latency["p50_us"] == pytest.approx(50.0, rel=0.02)
+    writer.close()
+    intake.close_all()
+
+
+def test_a_few_records_wait_for_the_next_beat_and_a_lot_does_not(plans) -> None:
+    intake = Intake([LINEUP], slots=4096)
+    assert not intake.in_arrears
+    writer = RingWriter(intake.open(plans(1, LINEUP)))
+    for waiting, arrears in ((READ_AT_ONCE - 1, False), (2 * READ_AT_ONCE, True)):
+        for _ in range(waiting):
+            writer.write(Observation(arrival_ns=1))
+        assert intake.in_arrears is arrears
+        while intake.in_arrears:
+            intake.read()
+    for _ in range(SAVED_RECORDS):  # more than may be read now
+        writer.write(Observation(arrival_ns=1))
+    intake.read()
+    while intake.in_arrears:
+        intake.read()
     writer.close()
     intake.close_all()
 
