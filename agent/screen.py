@@ -85,7 +85,8 @@ def _head(status: Document, look: Look) -> Iterator[str]:
 
 def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     health = look.paint(service["health"], OF_HEALTH.get(service["health"], ""))
-    yield f"{look.paint(service['name'], 'bold')}  {health}"
+    asked = "" if service["health"] != "unknown" or service["requests"] else " until the first request"
+    yield f"{look.paint(service['name'], 'bold')}  {health}{asked}"
     colour = "" if service["serving"] == service["preferred"] and not service["missing"] else "yellow"
     yield _row("serves", look.paint(service["serving"], colour) + _position(service, clock))
     yield _row("why", service["reason"])

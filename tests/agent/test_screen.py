@@ -170,3 +170,10 @@ def test_of_several_services_an_event_says_whose_it_is() -> None:
     screen = draw({**one, "services": [SERVICE, {**SERVICE, "name": "voice"}]}, Look())
     assert "event.health (wrist): all is well" in screen
     assert "link.lost: the connection is lost" in screen
+
+
+def test_an_unknown_health_says_what_it_waits_for() -> None:
+    assert "wrist  unknown until the first request" in draw(
+        changed(service={"health": "unknown", "requests": 0}), Look()
+    )
+    assert "until" not in draw(changed(service={"health": "unknown"}), Look())
