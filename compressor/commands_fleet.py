@@ -215,7 +215,7 @@ def _device_enrol(options: argparse.Namespace) -> int:
     document = {"device": device, "token": token, "url": f"{url}/enrol", "lifetime_s": TOKEN_LIFETIME_S}
     text = (
         f"Token for '{device}', good once within 24 hours:\n  {token}\n"
-        f'On the device: POST {document["url"]} {{"device": "{device}", "token": "..."}}'
+        f"On the device: write it into the file that enrolment.token_file names, and set enrolment.url to {url}/enrol"
     )
     return _show(options, document, text)
 

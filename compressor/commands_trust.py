@@ -35,6 +35,9 @@ def register(subparsers: Subparsers) -> None:
     rotate = _action(actions, "rotate", _rotate, "replace one key; run again after an interruption")
     rotate.add_argument("name", help="such as timestamp, pipeline-wrist, director, root1")
     rotate.add_argument("--repository", type=Path, required=True, metavar="DIR", help="the repository to sign anew")
+    add = _action(actions, "add", _add, "a key and the policy 'approve' for one more service")
+    add.add_argument("family", help="the name of the service")
+    add.add_argument("--repository", type=Path, required=True, metavar="DIR", help="the repository that learns of it")
     publish = _action(subparsers, "publish", _publish, "sign artifacts into the update repository")
     publish.add_argument("artifacts", nargs="*", type=Path, metavar="ARTIFACT", help="artifact folders")
     publish.add_argument("--repository", type=Path, required=True, metavar="DIR", help="made when it is not there")
@@ -87,6 +90,25 @@ def _rotate(options: argparse.Namespace) -> int:
     ring = _ring(options)
     Repository(options.repository, ring).rotate(options.name)
     return _say(options, _key_document(ring), [f"{options.name} is replaced; the old key is worth nothing now"])
+
+
+def _add(options: argparse.Namespace) -> int:
+    from agent.contract.errors import ConfigError
+    from agent.contract.repository import FamilyPolicy
+    from compressor.publish import Repository
+
+    ring = _ring(options)
+    repository = Repository(options.repository, ring)
+    if options.family in ring.families:
+        try:
+            repository.policy(options.family)
+        except ConfigError:  # interrupted between key and policy
+            pass
+        else:
+            raise ConfigError(f"'{options.family}' has its key and policy already")
+    ring.add_family(options.family)
+    repository.set_policy(options.family, FamilyPolicy())
+    return _say(options, _key_document(ring), [f"artifacts of '{options.family}' can be published now"])
 
 
 def _key_document(ring: KeyRing) -> dict[str, Any]:

@@ -332,7 +332,7 @@ class Repository:
         if role is None:
             raise ConfigError(
                 f"the repository knows no family '{family}' (artifact '{manifest.name}')",
-                hint="Give it keys and a policy first (`Repository.set_policy`).",
+                hint=f"Give it a key and a policy first: `edgewarden-compressor keys add {family} ...`.",
             )
         path = manifest_path(family, artifact.digest)
         if path in role.signed.targets:

@@ -41,6 +41,20 @@ def test_from_no_keys_to_an_approved_artifact(tmp_path: Path, capsys: pytest.Cap
     assert "offline" in typed(capsys, "keys", "show", "--keys", keys)
 
 
+def test_a_service_may_come_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ("--keys", tmp_path / "keys", "--repository", tmp_path / "repository")
+    typed(capsys, "keys", "init", "--keys", tmp_path / "keys", "--family", "door")
+    typed(capsys, "publish", *where, "--minimum", "door=3")
+    make_artifact(tmp_path / "a", version=2)
+    with pytest.raises(ConfigError, match="knows no family 'wrist'") as caught:
+        typed(capsys, "publish", tmp_path / "a", *where)
+    assert "keys add wrist" in caught.value.hint
+    assert "can be published now" in typed(capsys, "keys", "add", "wrist", *where)
+    assert "approved" in typed(capsys, "publish", tmp_path / "a", *where, "--approve")
+    with pytest.raises(ConfigError, match="already"):
+        typed(capsys, "keys", "add", "wrist", *where)
+
+
 def test_a_minimum_is_a_name_and_a_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed(capsys, "keys", "init", "--keys", tmp_path / "keys", "--family", "door")
     where = ("--keys", tmp_path / "keys", "--repository", tmp_path / "repository")
