@@ -138,7 +138,7 @@ log_dest file {self.folder / "mosquitto.log"}
         if self.process is not None:
             self.process.terminate()
             try:
-                self.process.wait(timeout=5)
+                self.process.wait(timeout=60)  # it writes down what it holds
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
