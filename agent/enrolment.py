@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,11 +149,7 @@ def device_key(folder: Path) -> Ed25519PrivateKey:
         data = private.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        before = os.umask(0o077)
-        try:
-            write_file(path, data)
-        finally:
-            os.umask(before)
+        write_file(path, data, mode=0o600)  # no umask: other threads make files meanwhile
     try:
         key = serialization.load_pem_private_key(path.read_bytes(), password=None)
     except (OSError, ValueError, TypeError):

@@ -19,11 +19,14 @@ from agent.contract.errors import DiskFull, StateUnreadable, StorageError
 MAX_DOCUMENT_BYTES = 1024 * 1024
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Temporary file, fsync, rename, fsync of the folder. Raises: DiskFull, StorageError."""
+def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Temporary file, fsync, rename, fsync of the folder. `mode`: at most these rights, from the first moment on.
+
+    Raises: DiskFull, StorageError.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

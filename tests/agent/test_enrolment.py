@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import stat
 import threading
 from collections.abc import Iterator
@@ -52,7 +53,11 @@ def configure(folder: Path, url: str) -> AgentConfig:
 
 
 def test_a_device_has_one_key_that_nobody_else_can_read(tmp_path: Path) -> None:
-    first = public_bytes(device_key(tmp_path))
+    before = os.umask(0)
+    try:
+        first = public_bytes(device_key(tmp_path))
+    finally:
+        os.umask(before)
     assert public_bytes(device_key(tmp_path)) == first
     assert stat.S_IMODE((tmp_path / KEY).stat().st_mode) == 0o600
     (tmp_path / KEY).write_text("damaged")
