@@ -69,9 +69,9 @@ def measure_inprocess(rounds: int = ROUNDS) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         mlp = build(folder, "mlp")
-        plan = _plan(folder, mlp.name, mlp.artifacts)
+        plan = draw_plan(folder, mlp.name, mlp.artifacts)
         feeds = {mlp.input: mlp.row()}
-        with _Inprocess(plan) as watched, _Inprocess(plan, ring=_Silent) as unwatched:
+        with _Inprocess(plan) as watched, _Inprocess(plan, ring=Silent) as unwatched:
             subjects: Subjects = {
                 "bare_us": _bare(mlp.onnx, plan, feeds),
                 "path_us": watched.asking(feeds),
@@ -80,7 +80,7 @@ def measure_inprocess(rounds: int = ROUNDS) -> dict[str, float]:
             return measure(subjects, rounds)
 
 
-class _Silent(RingWriter):
+class Silent(RingWriter):
     """A ring nobody writes to."""
 
     def observer(self, **_: Any) -> Observe:
@@ -143,7 +143,7 @@ class _Inprocess:
         os.close(self._descriptor)
 
 
-def _plan(folder: Path, service: str, artifacts: Sequence[Path]) -> ServicePlan:
+def draw_plan(folder: Path, service: str, artifacts: Sequence[Path]) -> ServicePlan:
     """What a worker is told of a service with these artifacts: the first is active, the last its floor."""
     active, *fallbacks, floor = (str(path) for path in artifacts)
     config = folder / f"{service}.toml"
@@ -210,7 +210,7 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")
     as_json = parser.parse_args().json
     with tempfile.TemporaryDirectory() as folder:
-        plan = _plan(Path(folder), "wrist", (MODELS / "wrist-accel", MODELS / "wrist-floor"))
+        plan = draw_plan(Path(folder), "wrist", (MODELS / "wrist-accel", MODELS / "wrist-floor"))
         with _Inprocess(plan) as path:
             wrist = measure(subjects(path, plan))
     tables = {"mlp": measure_inprocess(), "wrist": wrist}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,35 @@ def ours(bench: Bench) -> Found:
             found = _ask(bench, server, question, unix=True, connections=connections, seconds=2)
             table.append({"model": "wrist", "binary": True, "unix": True, **found})
     return {"details": {"runs": table, "memory_mb": memory}}
+
+
+def monitors(bench: Bench) -> Found:
+    """Over a Unix socket with everything that watches, and with nothing of it: same server, same model, in turns.
+
+    CPU counts all processes: watching happens in the agent process, too. The idle agent process is part of it.
+    """
+    model, folder = bench.model("mlp"), bench.folder("n")
+    unwatched = folder / "alone.sock"
+    command = [sys.executable, "-m", "scripts.serving_bench.alone", str(folder), str(unwatched), model.name]
+    runs: dict[str, list[Found]] = {"on": [], "off": []}
+    with (
+        Ours(bench.folder("w"), [model]) as server,
+        Group([*command, *map(str, model.artifacts)], folder / "alone.log", folder=ROOT) as alone,
+    ):
+        request = server.question("mlp", binary=True)
+        alone.wait_until(lambda: _asked(unwatched, request), "the server alone answers")
+        subjects = {"on": (server.group, server.target(unix=True)), "off": (alone, Target(unix=unwatched))}
+        for _, target in subjects.values():
+            bench.load.ask(target, request, seconds=bench.seconds(1), connections=MANY)  # warm
+        for _ in range(max(3, bench.rounds(5))):
+            for name, (group, target) in subjects.items():
+                runs[name].append(_measured(bench, group.pids(), target, request, MANY, bench.seconds(2)))
+    found = {
+        f"{key}_{name}": median([run[key] for run in many])
+        for name, many in runs.items()
+        for key in ("rate", "cpu_us")
+    }
+    return {"monitors": {name: round(value, 2) for name, value in found.items()}, "details": runs}
 
 
 def peers(bench: Bench) -> Found:
@@ -337,12 +367,13 @@ PARTS: dict[str, tuple[Callable[[Bench], Found], float]] = {
     "kill": (kill, 25),
     "memory": (memory, 12),
     "ours": (ours, 90),
+    "monitors": (monitors, 25),
     "tail": (tail, 50),
     "overload": (overload, 50),
     "swaps": (swaps, 200),
     "peers": (peers, 240),
 }
-QUICK = tuple(name for name in PARTS if name not in ("peers", "ours"))
+QUICK = tuple(name for name in PARTS if name not in ("peers", "ours", "monitors"))
 
 
 # --- helpers ------------------------------------------------------------------------------------------------
@@ -412,6 +443,13 @@ def _wait(true: Callable[[], bool], what: str, *, within_s: float = 60.0, pause_
             raise Failed(f"waited {within_s:.0f} s in vain for {what}")
         if pause_s:
             time.sleep(pause_s)
+
+
+def _asked(unix: Path, question: Question) -> bool:
+    try:
+        return answer_length(unix, question.file.read_bytes()) == question.answer_bytes
+    except OSError:
+        return False
 
 
 def _answers(unix: Path, request: bytes) -> bool:

@@ -35,6 +35,7 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "floor": ("echo_us", "bound_run_us"),
     "ratios": tuple(goal.key for goal in GOALS if goal.section == "ratios"),
     "memory": ("total_pss_mb",),
+    "monitors": ("rate_on", "rate_off", "cpu_us_on", "cpu_us_off"),
     "swap": ("swaps", "generations", "requests", "errors", "rss_growth"),
     "overload": ("goodput_over_capacity", "p99_ms"),
 }
