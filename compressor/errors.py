@@ -5,6 +5,7 @@
     |  |- RecipeError      the recipe or the task module it names cannot be used; carries file and line
     |  `- MissingExtra     a library is not installed that only the host side needs
     |- DataError           the data a task needs is missing or is not what the task was written for
+    |- ReferenceRefused    the rows given cannot carry a drift reference
     |- StageFailed         a step of the pipeline could not finish
     `- GateFailed          nothing that was built may ship; carries gate, measured and limit
 
@@ -52,6 +53,10 @@ class MissingExtra(ConfigError):
 class DataError(EdgewardenError):
     code = "data"
     exit_code = 9
+
+
+class ReferenceRefused(EdgewardenError):
+    code = "reference_refused"
 
 
 class StageFailed(EdgewardenError):

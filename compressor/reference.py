@@ -23,11 +23,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.contract.errors import EdgewardenError
 from agent.drift import DriftMonitor, Finding, drift_monitor
 from agent.drift.models import RegimeModel
 from agent.drift.reference import Claim, Detectability, GuardStatistics, Reference
 from agent.drift.regimes import NAMING_ROWS, ClassResidual, RegimeDistance
+from compressor.errors import ReferenceRefused
 
 FOLDS: Final = 3
 STAY_ROWS: Final = 13
@@ -49,12 +49,6 @@ SEED: Final = 20260101
 _POISSON_UPPER: Final = (2.996, 4.744, 6.296, 7.754)
 
 Floats = NDArray[np.float64]
-
-
-class ReferenceRefused(EdgewardenError):
-    """The rows given cannot carry a reference."""
-
-    code = "reference_refused"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,7 +4,9 @@ the reference, no threads. Device and host run the same code; calibration replay
     views      window -> features              findings   what began or ended
     windows    exactly mergeable sums          counters   runs of broken input
     reference  what is normal here             regimes    has the stream left every known regime?
-    models     what a monitor compares with    archive    arrays as bytes and back
+    stationary has a steady stream changed?    edetector  the bets it makes
+    transforms season and lags taken out       models     what a monitor compares with
+    archive    arrays as bytes and back
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from agent.drift.counters import GuardCounters
 from agent.drift.findings import Finding
-from agent.drift.models import RegimeModel, Witness
+from agent.drift.models import RegimeModel, StationaryModel, Witness
 from agent.drift.reference import (
     Claim,
     Detectability,
@@ -25,6 +27,7 @@ from agent.drift.reference import (
     load_reference,
 )
 from agent.drift.regimes import RegimeMonitor
+from agent.drift.stationary import StationaryMonitor
 from agent.drift.views import channel_features, feature_names
 from agent.drift.windows import FixedPoint, MomentWindow
 
@@ -40,6 +43,8 @@ __all__ = [
     "Reference",
     "RegimeModel",
     "RegimeMonitor",
+    "StationaryModel",
+    "StationaryMonitor",
     "Witness",
     "channel_features",
     "drift_monitor",
@@ -109,4 +114,6 @@ class DriftMonitor(Protocol):
 
 def drift_monitor(reference: Reference) -> DriftMonitor | None:
     """The monitor this reference was built for; None when its view is watched only."""
+    if reference.stationary:
+        return StationaryMonitor(reference)
     return RegimeMonitor(reference) if reference.regimes else None

@@ -38,6 +38,58 @@ class RegimeModel:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class StationaryModel:
+    """What the stationary monitor knows (transforms.py, edetector.py, stationary.py); w columns, float32 unless said.
+
+    Pre-transform: columns (w,) int16; season and season_scale (season terms, w), no terms = no season; lags (orders,
+    w) autoregressive coefficients, 0 beyond a feature's order; gap_s: a longer step of time is a gap, 0 = time is not
+    looked at. centre and scale (w,): of what the transform leaves; offset (w,): mean of it standardised and clipped.
+
+    Charges, in nats a row, that make each bet fair for the whole null (edetector.py): mean_charge (mean bets, w),
+    variance_charge (variance bets, w), dense_charge (variance bets,). variance_centre and variance_scale (w,): of the
+    clipped squares; dense_centre and dense_scale: of their standardised sum. whitening (w, w) symmetric; pair_mean
+    and pair_square (w (w - 1) / 2,): of whitened products; pair_band: in standard deviations of a product. radius: of
+    the reference's mean vector in whitened space; inflation: of the variance in any direction; tolerance_sd.
+
+    Counters: low and high (w,) of the reference's residuals; rates (3, w): most that repeats, missing values and
+    values out of range may make of the rows. Bins: bin_column (m,) int16 places among the columns, -1 = the predicted
+    class; bin_values (m, b), NaN = unused; bin_share and bin_bound (m, b + 1): share of each value and of any other,
+    and the most it may be.
+    """
+
+    columns: Array
+    season: Array
+    season_scale: Array
+    lags: Array
+    centre: Array
+    scale: Array
+    offset: Array
+    mean_charge: Array
+    variance_centre: Array
+    variance_scale: Array
+    variance_charge: Array
+    dense_charge: Array
+    whitening: Array
+    pair_mean: Array
+    pair_square: Array
+    low: Array
+    high: Array
+    rates: Array
+    bin_column: Array
+    bin_values: Array
+    bin_share: Array
+    bin_bound: Array
+    gap_s: float
+    dense_centre: float
+    dense_scale: float
+    pair_band: float
+    radius: float
+    inflation: float
+    tolerance_sd: float
+    claim_rows: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Witness:
     """An engine with other inputs, and its own look at the view.
 

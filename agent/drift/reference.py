@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from agent.contract.errors import Corrupt, TooLarge
 from agent.drift.archive import HINT, dump_arrays, load_arrays
-from agent.drift.models import RegimeModel, Witness, channels_of
+from agent.drift.models import RegimeModel, StationaryModel, Witness, channels_of
 from agent.drift.windows import FixedPoint
 
 FORMAT: Final = 2
@@ -100,6 +100,7 @@ class Reference:
     guard: GuardStatistics
     claim: Claim
     regimes: RegimeModel | None = None
+    stationary: StationaryModel | None = None
     watched: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
     detectability: tuple[Detectability, ...] = ()
@@ -132,6 +133,39 @@ _REGIMES: Final = {
     "allowance": ("<f4", "1+c"),
 }
 _REGIME_NUMBERS: Final = ("threshold", "score_cap")
+# s season terms or none, o lags, b values; p pairs, m categoricals
+_STATIONARY: Final = {
+    "columns": ("<i2", "w"),
+    "season": ("<f4", "sw"),
+    "season_scale": ("<f4", "sw"),
+    "lags": ("<f4", "ow"),
+    "centre": ("<f4", "w"),
+    "scale": ("<f4", "w"),
+    "offset": ("<f4", "w"),
+    "mean_charge": ("<f4", "Mw"),
+    "variance_centre": ("<f4", "w"),
+    "variance_scale": ("<f4", "w"),
+    "variance_charge": ("<f4", "Vw"),
+    "dense_charge": ("<f4", "V"),
+    "whitening": ("<f4", "ww"),
+    "pair_mean": ("<f4", "p"),
+    "pair_square": ("<f4", "p"),
+    "low": ("<f4", "w"),
+    "high": ("<f4", "w"),
+    "rates": ("<f4", "3w"),
+    "bin_column": ("<i2", "m"),
+    "bin_values": ("<f4", "mb"),
+    "bin_share": ("<f4", "mB"),
+    "bin_bound": ("<f4", "mB"),
+}
+_STATIONARY_NUMBERS: Final = (
+    "gap_s", "dense_centre", "dense_scale", "pair_band", "radius", "inflation", "tolerance_sd", "claim_rows",
+)  # fmt: skip
+MEAN_BETS: Final = 8
+VARIANCE_BETS: Final = 5
+SEASON_TERMS: Final = 9
+MAX_ORDER: Final = 5
+MAX_VALUES: Final = 64
 
 Members = dict[str, Array]
 Spec = Mapping[str, tuple[str, str]]
@@ -151,13 +185,18 @@ def dump_reference(reference: Reference) -> bytes:
         "watched": reference.watched,
         "detectability": [asdict(line) for line in reference.detectability],
         "settings": {name: float(value) for name, value in reference.settings.items()},
-        "regimes": _regime_numbers(reference.regimes) if reference.regimes else None,
-        "witnesses": [{"engine": one.engine, **_regime_numbers(one.regimes)} for one in reference.witnesses],
+        "regimes": _numbers(reference.regimes, _REGIME_NUMBERS) if reference.regimes else None,
+        "stationary": _numbers(reference.stationary, _STATIONARY_NUMBERS) if reference.stationary else None,
+        "witnesses": [
+            {"engine": one.engine, **_numbers(one.regimes, _REGIME_NUMBERS)} for one in reference.witnesses
+        ],
     }
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     members = {"about": np.frombuffer(text, dtype=np.uint8), **_stored(reference, _COMMON)}
     if reference.regimes:
         members |= _stored(reference.regimes, _REGIMES, "regimes.")
+    if reference.stationary:
+        members |= _stored(reference.stationary, _STATIONARY, "stationary.")
     for number, witness in enumerate(reference.witnesses):
         members |= _stored(witness.regimes, _REGIMES, f"witness{number}.")
         members |= _stored(witness, {"disagreement": ("<f4", "k")}, f"witness{number}.")
@@ -191,8 +230,8 @@ def _read(path: Path) -> bytes:
         raise Corrupt(f"cannot read {path}: {error.strerror}", hint="The artifact is incomplete.") from None
 
 
-def _regime_numbers(model: RegimeModel) -> dict[str, float]:
-    return {name: float(getattr(model, name)) for name in _REGIME_NUMBERS}
+def _numbers(model: Any, names: Iterable[str]) -> dict[str, float]:
+    return {name: float(getattr(model, name)) for name in names}
 
 
 def _stored(part: Any, spec: Spec, prefix: str = "") -> Members:
@@ -227,6 +266,7 @@ def _assemble(members: Members) -> Reference:
         guard=_guard(about["guard"]),
         claim=_claim(about["claim"]),
         regimes=None if about["regimes"] is None else _regimes(about["regimes"], members, "regimes."),
+        stationary=None if about["stationary"] is None else _stationary(about["stationary"], members),
         watched=_names(about["watched"]),
         witnesses=tuple(
             Witness(
@@ -245,6 +285,11 @@ def _assemble(members: Members) -> Reference:
 def _regimes(numbers: Mapping[str, Any], members: Members, prefix: str) -> RegimeModel:
     fields: dict[str, Any] = {name: float(numbers[name]) for name in _REGIME_NUMBERS}
     return RegimeModel(**(fields | _taken(members, _REGIMES, prefix)))
+
+
+def _stationary(numbers: Mapping[str, Any], members: Members) -> StationaryModel:
+    fields: dict[str, Any] = {name: float(numbers[name]) for name in _STATIONARY_NUMBERS}
+    return StationaryModel(**(fields | _taken(members, _STATIONARY, "stationary.")))
 
 
 def _names(value: Any) -> tuple[str, ...]:
@@ -298,6 +343,10 @@ def _check(reference: Reference) -> None:
     _check_positive(reference.scale)
     for model in _regime_models(reference):
         _check_regimes(model, reference.channel_of, d, k)
+    if reference.stationary:
+        _check_stationary(reference.stationary, d)
+    if reference.stationary and reference.regimes:
+        raise Corrupt("reference.npz holds two models of one stream", hint=HINT)
     for witness in reference.witnesses:
         _check_arrays(witness, {"disagreement": ("<f4", "k")}, {"k": k})
 
@@ -324,6 +373,31 @@ def _check_regimes(model: RegimeModel, channel_of: Array, d: int, k: int) -> Non
             raise Corrupt(f"reference.npz: {name} is not a covariance", hint=HINT) from None
 
 
+def _check_stationary(model: StationaryModel, d: int) -> None:
+    w = _check_columns(model.columns, d)
+    m = len(model.bin_column) if model.bin_column.ndim else 0
+    s, o = (len(array) if array.ndim else 0 for array in (model.season, model.lags))
+    b = model.bin_values.shape[-1] if model.bin_values.ndim == 2 else 0
+    if s not in {0, SEASON_TERMS} or o > MAX_ORDER or m > w + 1 or b > MAX_VALUES:
+        raise Corrupt("reference.npz: a transform or categorical is out of bounds", hint=HINT)
+    sizes = {"w": w, "s": s, "o": o, "m": m, "b": b, "B": b + 1, "p": w * (w - 1) // 2, "3": 3}
+    sizes |= {"M": MEAN_BETS, "V": VARIANCE_BETS}
+    _check_arrays(model, _STATIONARY, sizes, may_be_nan=("bin_values",))
+    for name in ("scale", "variance_scale", "variance_centre", "rates", "pair_square", "bin_share", "bin_bound"):
+        _check_positive(getattr(model, name).ravel())
+    positive = (model.dense_scale, model.inflation, model.claim_rows)
+    _check_positive(np.array(positive))
+    finite = np.array(_numbers_of(model))
+    within = -1 <= int(model.bin_column.min(initial=-1)) <= int(model.bin_column.max(initial=-1)) < w
+    known = np.isfinite(model.bin_values).any(axis=1).all()
+    if not np.isfinite(finite).all() or not within or not known or not float(model.rates.max()) < 1:
+        raise Corrupt("reference.npz: a constant of the stationary model is out of bounds", hint=HINT)
+
+
+def _numbers_of(model: StationaryModel) -> list[float]:
+    return [getattr(model, name) for name in _STATIONARY_NUMBERS]
+
+
 def _check_columns(columns: Array, d: int) -> int:
     listed = columns.tolist() if columns.ndim == 1 else []
     if not listed or len(set(listed)) != len(listed) or not 0 <= min(listed) <= max(listed) < d:
@@ -331,13 +405,13 @@ def _check_columns(columns: Array, d: int) -> int:
     return len(listed)
 
 
-def _check_arrays(part: Any, spec: Spec, sizes: Mapping[str, int]) -> None:
+def _check_arrays(part: Any, spec: Spec, sizes: Mapping[str, int], *, may_be_nan: tuple[str, ...] = ()) -> None:
     for name, (_, axes) in spec.items():
         array = getattr(part, name)
         shape = (1 + sizes["c"],) if axes == "1+c" else tuple(sizes[axis] for axis in axes)
         if array.shape != shape:
             raise Corrupt(f"reference.npz: {name} is {array.shape} and should be {shape}", hint=HINT)
-        if not np.isfinite(array).all():
+        if name not in may_be_nan and not np.isfinite(array).all():
             raise Corrupt(f"reference.npz: {name} holds numbers that are not finite", hint=HINT)
 
 
