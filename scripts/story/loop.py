@@ -134,7 +134,7 @@ def _narrate_until_committed(fleet: Fleet, started: float) -> None:
     told: set[str] = set()
     deadline = started + LOOP_LIMIT_S
     console = fleet.context.console
-    with console.status("") as waiting:  # a terminal alone shows it: making version 2 is silent for a minute
+    with console.status("0 s since the first report") as waiting:  # shown by a terminal alone
         while True:
             fleet.host.check()
             for line in _news(fleet):
