@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agent.config import AgentConfig, ServiceSection
-from agent.contract.artifact import Artifact, Manifest, View, open_artifact, promised, running
+from agent.config import AgentConfig, GuardChannelSection, GuardSection, ServiceSection
+from agent.contract.artifact import Artifact, Channel, Manifest, View, open_artifact, promised, running
 from agent.contract.errors import ArtifactError, Incompatible
 from agent.contract.plan import (
     ChannelPlan,
@@ -71,7 +71,19 @@ def draw_up(config: AgentConfig, chosen: Mapping[str, Sequence[Path]] | None = N
             faults.append(error)
     if faults:
         raise type(faults[0])("; ".join(str(fault) for fault in faults), hint=faults[0].hint)
-    return tuple(made)
+    strangers = _strangers(config.guard.channel, made)
+    return tuple(replace(one, problems=(*one.problems, *strangers)) if one is made[0] else one for one in made)
+
+
+def _strangers(listed: Iterable[GuardChannelSection], made: Sequence[Blueprint]) -> list[str]:
+    """Sentences about configured channels that nobody has; told with the first service."""
+    known = {(one.name, channel) for one in made for channel in one.monitor.channels}
+    return [
+        f"[[guard.channel]] names '{one.name}'" + (f" of '{one.service}'" if one.service else "") + ", which is no"
+        " channel of a served model: it changes nothing"
+        for one in listed
+        if not any(one.name == channel and one.service in ("", service) for service, channel in known)
+    ]
 
 
 def configured_folders(section: ServiceSection) -> tuple[Path, ...]:
@@ -244,13 +256,25 @@ def _guard(config: AgentConfig, manifest: Manifest, reference: Reference | None)
     return GuardPlan(
         input=described.name,
         channels=tuple(
-            ChannelPlan(one.name, one.group, one.minimum, one.maximum, means.get(one.name, 0.0))
-            for one in described.channels
+            _channel(config.guard, manifest.service, one, means.get(one.name, 0.0)) for one in described.channels
         ),
         not_finite=config.guard.not_finite or GuardPolicy(described.missing),
         out_of_range=config.guard.out_of_range or GuardPolicy(described.out_of_range),
         group_rms=statistics.group_rms if statistics else None,
     )
+
+
+def _channel(config: GuardSection, service: str, channel: Channel, mean: float) -> ChannelPlan:
+    """Whose own policy: the configuration's for this channel, the configuration's for all, the manifest's."""
+    own = [one for one in config.channel if one.name == channel.name and one.service in ("", service)]
+    not_finite, out_of_range = config.not_finite, config.out_of_range
+    for one in own:  # the last one that says something
+        not_finite, out_of_range = one.not_finite or not_finite, one.out_of_range or out_of_range
+    return ChannelPlan(
+        channel.name, channel.group, channel.minimum, channel.maximum, mean,
+        not_finite or (GuardPolicy(channel.missing) if channel.missing else None),
+        out_of_range or (GuardPolicy(channel.out_of_range) if channel.out_of_range else None),
+    )  # fmt: skip
 
 
 def _window(section: ServiceSection, manifest: Manifest) -> WindowPlan | None:

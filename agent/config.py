@@ -130,6 +130,13 @@ class ServiceSection(Section):
     )
 
 
+class GuardChannelSection(Section):
+    name: str = Field(min_length=1, max_length=64, description="The channel, as in the manifest.")
+    service: str = Field(default="", description="Of this service; empty = of every one that has such a channel.")
+    not_finite: GuardPolicy | None = Field(default=None, description="As `guard.not_finite`, for this channel.")
+    out_of_range: GuardPolicy | None = Field(default=None, description="As `guard.out_of_range`, for this channel.")
+
+
 class GuardSection(Section):
     not_finite: GuardPolicy | None = Field(
         default=None,
@@ -141,6 +148,14 @@ class GuardSection(Section):
         default=None,
         description="Values out of the channel's range: `refuse`, `impute` and `pass` as above, `clip` to the "
         "nearest allowed one; default: the manifest's.",
+    )
+    repeated: bool | None = Field(
+        default=None,
+        description="Raise an alarm when inputs repeat bit for bit; default: only where the manifest has a window, "
+        "since numbers of a table may repeat for good reasons.",
+    )
+    channel: list[GuardChannelSection] = Field(
+        default=[], max_length=256, description="Tables `[[guard.channel]]`: policies of single channels."
     )
 
 

@@ -62,6 +62,9 @@ class Guard:
         self._minimum = np.maximum(limits[:, 0], -largest)
         self._maximum = np.minimum(limits[:, 1], largest)
         self._mean = limits[:, 2]
+        # each channel's own policy, else the input's
+        self._not_finite = tuple(channel.not_finite or plan.not_finite for channel in plan.channels)
+        self._out_of_range = tuple(channel.out_of_range or plan.out_of_range for channel in plan.channels)
         self._weights = np.left_shift(np.uint64(1), np.arange(len(self._names), dtype=np.uint64))
         groups = list(dict.fromkeys(channel.group for channel in plan.channels))
         members = [[c.group == g for g in groups] for c in plan.channels]
@@ -219,12 +222,13 @@ class Guard:
         return Verdict(x if refusal else self._repaired(x, found), refusal, text, bits)
 
     def _refusal(self, found: dict[str, Flags]) -> str:
-        for kind, policy, words in (
-            ("not_finite", self.plan.not_finite, "holds NaN or infinity"),
-            ("range", self.plan.out_of_range, "is outside its allowed range"),
+        for kind, policies, words in (
+            ("not_finite", self._not_finite, "holds NaN or infinity"),
+            ("range", self._out_of_range, "is outside its allowed range"),
         ):
-            if policy is GuardPolicy.REFUSE and kind in found and found[kind].any():
-                return f"input '{self.plan.input}' {words} in channel {', '.join(self._named(found[kind]))}"
+            refused = found[kind] & _under(policies, GuardPolicy.REFUSE) if kind in found else None
+            if refused is not None and refused.any():
+                return f"input '{self.plan.input}' {words} in channel {', '.join(self._named(refused))}"
         return ""
 
     def _repaired(self, x: Array, found: dict[str, Flags]) -> Array:
@@ -233,12 +237,15 @@ class Guard:
         with np.errstate(over="ignore"):
             low, high, mean = (numbers.astype(x.dtype) for numbers in (self._minimum, self._maximum, self._mean))
         # NaN has no nearest allowed value: `clip` imputes what is not finite
-        if "not_finite" in found and self.plan.not_finite is not GuardPolicy.PASS:
-            x = np.where(np.isfinite(x), x, mean)
-        if "range" in found and self.plan.out_of_range is GuardPolicy.CLIP:
-            x = np.where(np.isfinite(x), np.clip(x, low, high), x)
-        elif "range" in found and self.plan.out_of_range is not GuardPolicy.PASS:
-            x = np.where(np.isfinite(x) & ((x < self._minimum) | (x > self._maximum)), mean, x)
+        missing = ~_under(self._not_finite, GuardPolicy.PASS)
+        clipped = _under(self._out_of_range, GuardPolicy.CLIP)
+        imputed = ~clipped & ~_under(self._out_of_range, GuardPolicy.PASS)
+        if "not_finite" in found and missing.any():
+            x = np.where(missing & ~np.isfinite(x), mean, x)
+        if "range" in found and clipped.any():
+            x = np.where(clipped & np.isfinite(x), np.clip(x, low, high), x)
+        if "range" in found and imputed.any():
+            x = np.where(imputed & np.isfinite(x) & ((x < self._minimum) | (x > self._maximum)), mean, x)
         return x
 
     def _check_unnamed(self, x: Array) -> Verdict:
@@ -257,6 +264,11 @@ class Guard:
 
     def _named(self, flag: Flags) -> list[str]:
         return [self._names[channel] for channel in np.flatnonzero(flag.any(axis=0))]
+
+
+def _under(policies: Collection[GuardPolicy], wanted: GuardPolicy) -> NDArray[np.bool_]:
+    """(channels,): whose policy this is."""
+    return np.array([policy is wanted for policy in policies], bool)
 
 
 def _neighbours(members: NDArray[np.bool_]) -> NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import agent.session
 import compressor.errors
 import compressor.fleet.http
 import compressor.reference
-from agent.config import AgentConfig, ServiceSection
+from agent.config import AgentConfig, GuardChannelSection, ServiceSection
 from agent.contract import artifact, errors, messages
 
 REFERENCE = Path(__file__).resolve().parents[1] / "docs/reference"
@@ -58,18 +58,20 @@ def configuration() -> str:
     ]
     for name, section in AgentConfig.model_fields.items():
         model = ServiceSection if name == "service" else section.annotation
-        assert isinstance(model, type)
-        assert issubclass(model, BaseModel)
-        lines += [
-            "",
-            f"## [[{name}]]" if name == "service" else f"## [{name}]",
-            "",
-            "| key | values | default | meaning |",
-            "|---|---|---|---|",
-        ]
-        for key, field in model.model_fields.items():
-            lines.append(f"| `{key}` | {_values(field)} | {_default(field)} | {field.description} |")
+        lines += _table(f"[[{name}]]" if name == "service" else f"[{name}]", model)
+        if name == "guard":
+            lines += _table("[[guard.channel]]", GuardChannelSection)
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, model: object) -> list[str]:
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    rows = [
+        f"| `{key}` | {_values(field)} | {_default(field)} | {field.description} |"
+        for key, field in model.model_fields.items()
+    ]
+    return ["", f"## {title}", "", "| key | values | default | meaning |", "|---|---|---|---|", *rows]
 
 
 def _values(field: FieldInfo) -> str:

@@ -48,13 +48,23 @@ class Blob(Part):
 
 
 class Channel(Part):
-    """One sensor channel on an input's last axis. `minimum`..`maximum` is the sensor's allowed range."""
+    """One sensor channel on an input's last axis. `minimum`..`maximum` is the sensor's allowed range.
+
+    `missing`, `out_of_range`: its own policies, None = those of the input; not written when None.
+    """
 
     name: str
     unit: str
     group: str
     minimum: float
     maximum: float
+    missing: Literal["refuse", "impute", "pass"] | None = None
+    out_of_range: Literal["refuse", "impute", "clip", "pass"] | None = None
+
+    @model_serializer(mode="wrap")
+    def _brief(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if value is not None}
 
 
 class Input(Part):
@@ -64,7 +74,7 @@ class Input(Part):
     meaning: str = ""
     channels: list[Channel] = []
     missing: Literal["refuse", "impute", "pass"] = "refuse"
-    out_of_range: Literal["refuse", "clip", "pass"] = "pass"
+    out_of_range: Literal["refuse", "impute", "clip", "pass"] = "pass"
 
 
 class Output(Part):

@@ -54,6 +54,7 @@ class ChannelPlan:
     """One sensor channel on the last axis of an input; the guard's numbers are in the channel's own unit.
 
     `minimum`/`maximum`: allowed range. `mean`: what imputing writes. `group`: channels that share a sensor.
+    `not_finite`, `out_of_range`: this channel's own policies, None = those of the input.
     """
 
     name: str
@@ -61,6 +62,8 @@ class ChannelPlan:
     minimum: float
     maximum: float
     mean: float
+    not_finite: GuardPolicy | None = None
+    out_of_range: GuardPolicy | None = None
 
 
 @dataclass(frozen=True, slots=True)

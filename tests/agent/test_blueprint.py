@@ -6,7 +6,7 @@ import pytest
 
 from agent.blueprint import draw_up
 from agent.config import AgentConfig
-from agent.contract.artifact import MANIFEST, parse_manifest, sha256
+from agent.contract.artifact import MANIFEST, canonical, parse_manifest, sha256
 from agent.contract.errors import ArtifactError
 from agent.contract.plan import EngineKind, GapPolicy, GuardPolicy, WindowPlan
 from agent.decisions.events import AgentStarted, AlarmKind, EngineServed, WorkerReady
@@ -58,6 +58,32 @@ def test_the_configuration_overrides_what_the_manifest_says(artifacts: dict[str,
     assert made.plan.guard.not_finite is GuardPolicy.IMPUTE
     assert made.plan.guard.channels[0].mean != 0.0
     assert made.monitor.latency_p95_us == 500.0
+
+
+def test_single_channels_have_policies_of_their_own(artifacts: dict[str, Path], tmp_path: Path) -> None:
+    manifest = json.loads((artifacts["wrist"] / MANIFEST).read_bytes())
+    manifest["inputs"][0]["channels"][0] |= {"missing": "impute", "out_of_range": "clip"}
+    shutil.copytree(artifacts["wrist"], tmp_path / "wrist")
+    (tmp_path / "wrist" / MANIFEST).write_bytes(canonical(manifest))
+    listed = [
+        {"name": "ay", "service": "wrist", "not_finite": "pass"},
+        {"name": "gz", "out_of_range": "refuse"},
+        {"name": "gz", "service": "other", "out_of_range": "pass"},
+    ]
+    (made,) = draw_up(configure(artifacts | {"wrist": tmp_path / "wrist"}, guard={"channel": listed}))
+    assert made.plan.guard is not None
+    own = {one.name: (one.not_finite, one.out_of_range) for one in made.plan.guard.channels}
+    assert own == {
+        "ax": (GuardPolicy.IMPUTE, GuardPolicy.CLIP), "ay": (GuardPolicy.PASS, None), "az": (None, None),
+        "gx": (None, None), "gy": (None, None), "gz": (None, GuardPolicy.REFUSE),
+    }  # fmt: skip
+    assert made.plan.guard.not_finite is GuardPolicy.REFUSE
+    (problem,) = made.problems
+    assert problem.startswith("[[guard.channel]] names 'gz' of 'other'")
+    strict = configure(artifacts | {"wrist": tmp_path / "wrist"}, guard={"not_finite": "refuse"})
+    guard = draw_up(strict)[0].plan.guard
+    assert guard is not None
+    assert guard.channels[0].not_finite is GuardPolicy.REFUSE  # the configuration is above the manifest
 
 
 def test_streams_follow_the_manifest_and_the_configuration(artifacts: dict[str, Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -192,6 +194,63 @@ def test_range_can_be_refused() -> None:
     x = sound()
     x[0, 5, 1] = 9.0
     assert "outside its allowed range in channel ay" in guard(out_of_range=GuardPolicy.REFUSE).check(x).refusal
+
+
+REFUSE, IMPUTE, CLIP, PASS = GuardPolicy
+
+
+def of_channels(missing: dict[str, GuardPolicy], ranges: dict[str, GuardPolicy], **changes: Any) -> Guard:
+    """A guard whose named channels have policies of their own."""
+    channels = tuple(
+        replace(one, not_finite=missing.get(one.name), out_of_range=ranges.get(one.name)) for one in CHANNELS
+    )
+    return Guard(GuardPlan("window", channels, **changes))
+
+
+def test_each_channel_may_have_its_own_policy() -> None:
+    x = sound()
+    x[0, 3, :4], x[0, 5, :4] = math.nan, 99.0
+    policies = {"ax": IMPUTE, "ay": PASS, "az": CLIP, "gx": IMPUTE}
+    ranges = {"ax": CLIP, "ay": PASS, "az": IMPUTE}  # gx: as the input
+    verdict = of_channels(policies, ranges, out_of_range=CLIP).check(x)
+    assert verdict.refusal == ""
+    assert found(verdict) == {"not_finite": AX | AY | AZ | GX, "range": AX | AY | AZ | GX}
+    mean = [one.mean for one in CHANNELS]
+    np.testing.assert_array_equal(verdict.x[0, 3, :4], [mean[0], math.nan, mean[2], mean[3]])
+    np.testing.assert_array_equal(verdict.x[0, 5, :4], [8.0, 99.0, mean[2], 20.0])
+    untouched = np.delete(np.arange(x.shape[1]), [3, 5])
+    np.testing.assert_array_equal(verdict.x[:, untouched], x[:, untouched])
+
+
+def test_one_strict_channel_refuses_and_is_the_one_named() -> None:
+    x = sound()
+    x[0, 3, 0] = x[0, 3, 1] = math.nan
+    lenient = of_channels({"ax": REFUSE}, {}, not_finite=PASS)
+    assert lenient.check(x).refusal == "input 'window' holds NaN or infinity in channel ax"
+    x[0, 3, 0] = 0.1
+    assert lenient.check(x).refusal == ""
+    assert math.isnan(lenient.check(x).x[0, 3, 1])
+    strict = of_channels({}, {"ay": REFUSE}, out_of_range=CLIP)
+    x[0, 3, 0], x[0, 3, 1] = 99.0, 99.0
+    assert strict.check(x).refusal == "input 'window' is outside its allowed range in channel ay"
+
+
+@given(st.lists(st.tuples(st.sampled_from([*GuardPolicy, None]), st.sampled_from([*GuardPolicy, None])), min_size=6,
+                max_size=6), st.sampled_from(GuardPolicy), st.sampled_from(GuardPolicy))  # fmt: skip
+def test_a_channels_policy_is_what_an_input_with_that_policy_would_do_to_it(
+    own: list[tuple[GuardPolicy | None, GuardPolicy | None]], not_finite: GuardPolicy, out_of_range: GuardPolicy
+) -> None:
+    x = sound()
+    x[0, 2], x[0, 4] = math.nan, 1e30
+    channels = tuple(replace(one, not_finite=a, out_of_range=b) for one, (a, b) in zip(CHANNELS, own, strict=True))
+    verdict = Guard(GuardPlan("window", channels, not_finite, out_of_range)).check(x)
+    refused = ""
+    for at, (a, b) in enumerate(own):
+        alone = Guard(GuardPlan("window", CHANNELS, a or not_finite, b or out_of_range)).check(x)
+        refused += alone.refusal
+        if not verdict.refusal:
+            np.testing.assert_array_equal(verdict.x[:, :, at], alone.x[:, :, at])
+    assert bool(verdict.refusal) == bool(refused)
 
 
 @pytest.mark.parametrize("policy", ["not_finite", "out_of_range"])

@@ -89,7 +89,18 @@ MANIFEST = artifact.Manifest(
             datatype="FP32",
             shape=[-1, 128, 6],
             meaning="2.56 s of raw samples",
-            channels=[artifact.Channel(name="ax", unit="g", group="accel", minimum=-16.0, maximum=16.0)],
+            channels=[
+                artifact.Channel(name="ax", unit="g", group="accel", minimum=-16.0, maximum=16.0),
+                artifact.Channel(
+                    name="gx",
+                    unit="rad/s",
+                    group="gyro",
+                    minimum=-35.0,
+                    maximum=35.0,
+                    missing="impute",
+                    out_of_range="clip",
+                ),  # fmt: skip
+            ],
         )
     ],
     outputs=[artifact.Output(name="probability", datatype="FP32", shape=[-1, 2])],
