@@ -99,7 +99,7 @@ MANIFEST = artifact.Manifest(
                     maximum=35.0,
                     missing="impute",
                     out_of_range="clip",
-                ),  # fmt: skip
+                ),
             ],
         )
     ],
