@@ -256,7 +256,7 @@ class EDetector:
                     parts[column] = 1.0
                 return parts
             case "spread":
-                parts = np.maximum(one.sign * (self.sizes(one.age)[1] - 1.0), 0.0)
+                parts = np.maximum(one.sign * self._excess(one.age), 0.0) ** 2
             case _:
                 parts = one.direction.astype(np.float64) ** 2
         return parts / max(float(parts.max()), 1e-12)
@@ -292,7 +292,7 @@ class EDetector:
             case "mean":
                 return Leading(kind, feature, -1, sign, abs(float(shifts[feature])), age, nothing)
             case "variance":
-                return Leading(kind, feature, -1, sign, self._excess(age)[feature], age, nothing)
+                return Leading(kind, feature, -1, sign, abs(float(self._excess(age)[feature])), age, nothing)
             case "spread":
                 size = abs(float(self._recent(age)[2 * self._width]))
                 return Leading(kind, int(np.abs(ratios - 1).argmax()), -1, sign, size, age, nothing)
@@ -334,8 +334,8 @@ class EDetector:
         return shift, np.sqrt(square / self._model.variance_centre)
 
     def _excess(self, age: float) -> Floats:
-        """Per feature: how far its clipped square is from the reference's, in its sd."""
-        away: Floats = np.abs((self._recent(age) - self._before)[self._width : 2 * self._width])
+        """Per feature: how much its clipped square is above the reference's, in its sd."""
+        away: Floats = (self._recent(age) - self._before)[self._width : 2 * self._width]
         return away / self._model.variance_scale
 
     def _recent(self, age: float) -> Floats:
