@@ -59,9 +59,8 @@ def test_a_whole_update_loses_no_request(updated: Agent, director: Director, tmp
     assert load.failed == []
     assert load.retries == 0  # not even one had to be asked again
     assert report["update_state"] == "committed", report
-    assert director.states(version) == [
-        "planned", "fetching", "verified", "staged", "selftest", "probation", "committed"
-    ]  # fmt: skip
+    whole = ["planned", "fetching", "verified", "staged", "selftest", "probation", "committed"]
+    wait_until(lambda: director.states(version) == whole, f"every state is told once, in this order: {whole}")
     assert report["moved_bytes"] > 1000
     assert report["services"]["wrist"]["versions"] == {"wrist": 2, "wrist-accel": 2, "wrist-floor": 1}
     assert report["services"]["wrist"]["digests"]["wrist"] == new["wrist"]

@@ -71,9 +71,12 @@ class Director:
         return answer
 
     def states(self, version: int) -> list[str]:
-        """The states the device reported of one desired version, each once."""
-        seen = [one["update_state"] for one in self.reports() if one["desired_version"] == version]
-        return list(dict.fromkeys(seen))
+        """The states the device told of one desired version, each once.
+
+        Of its events: a `reported` document may take the place of one that was not sent yet.
+        """
+        seen = [one["details"] for one in said(self.subscriber, "update")]
+        return list(dict.fromkeys(one["state"] for one in seen if one.get("version") == version))
 
     def reports(self) -> list[dict[str, Any]]:
         return self.subscriber.documents(DEVICE, "reported")
