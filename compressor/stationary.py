@@ -66,7 +66,7 @@ def fit_stationary(
     times_s: NDArray[Any] | None,
     *,
     claim_rows: float,
-    tolerance_sd: float | None = None,
+    tolerance_sd: float | NDArray[Any] | None = None,
     columns: NDArray[Any] | None = None,
     predicted: NDArray[Any] | None = None,
     labels: int = 0,
@@ -75,7 +75,8 @@ def fit_stationary(
 
     rows: (n, d) contiguous and in time order, NaN = missing; times_s: (n,) seconds of the data, needed for seasons
     and gaps; claim_rows: rows on average to a false alarm, at least; tolerance_sd: shifts that do not matter, in
-    standard deviations of what the transform leaves (None = 0: only what the reference cannot tell is tolerated);
+    standard deviations of what the transform leaves, of all or of each column (None = 0: only what the reference cannot
+    tell is tolerated);
     columns: which features of the view, all by default; predicted: (n,) classes 0..labels-1 as the model will predict
     them on rows it has not seen (out of sample), to watch their shares.
 
@@ -99,7 +100,7 @@ def fit_stationary(
     time_s = np.full(n, np.nan) if times_s is None else np.asarray(times_s, dtype=np.float64)
     transform = _fit_transform(x, time_s)
     residual = _applied(transform, x, time_s)
-    tolerance = float(tolerance_sd or 0.0)
+    tolerance = np.zeros(len(chosen)) + (0.0 if tolerance_sd is None else tolerance_sd)
     fields: dict[str, Any] = {name: _single(getattr(transform, name)) for name in ("season", "season_scale", "lags")}
     fields |= (
         _moments(residual, transform.terms, tolerance) | _counters(x, residual) | _bins(x, chosen, predicted, labels)
@@ -107,7 +108,7 @@ def fit_stationary(
     return StationaryModel(
         columns=chosen.astype(np.int16),
         gap_s=transform.gap_s,
-        tolerance_sd=tolerance,
+        tolerance_sd=_single(tolerance),
         claim_rows=float(claim_rows),
         **fields,
     )
@@ -266,7 +267,7 @@ def _ljung_box(y: Floats) -> float:
 
 
 # --- charges -----------------------------------------------------------------------------------------------
-def _moments(residual: Floats, terms: Floats, tolerance: float) -> dict[str, Any]:
+def _moments(residual: Floats, terms: Floats, tolerance: Floats) -> dict[str, Any]:
     """All that is known of the residuals: (rows, w), NaN = missing."""
     w = residual.shape[1]
     centre, scale = np.nanmean(residual, axis=0), _spread(residual)
@@ -287,7 +288,7 @@ def _moments(residual: Floats, terms: Floats, tolerance: float) -> dict[str, Any
     variance = [_Generating(u, bet, blocks) for bet in VARIANCE_BETS]
     dense = [_Generating(spread[:, None], bet, blocks) for bet in VARIANCE_BETS]
     q = _joint_quantile(np.concatenate([one.errors for one in (*mean, *variance, *dense)], axis=1))
-    together_tolerance = tolerance * w / dense_scale
+    together_tolerance = float(tolerance.sum()) / dense_scale
     return {
         "centre": _single(centre),
         "scale": _single(scale),
@@ -317,7 +318,7 @@ class _Generating:
         self._se = np.sqrt((sums**2).sum(axis=0) + terms * c * c * n) / n
         self.errors = sums / np.sqrt((sums**2).sum(axis=0))
 
-    def charge(self, q: float, tolerance: float) -> Floats:
+    def charge(self, q: float, tolerance: Floats | float) -> Floats:
         charge: Floats = self._value + np.maximum(abs(self._c) * tolerance, q * self._se)
         return charge
 

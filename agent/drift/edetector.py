@@ -111,6 +111,7 @@ class EDetector:
         self._width = len(model.columns)
         self._model = model
         self._threshold = model.claim_rows / BATCH_ROWS
+        self._tolerates = bool(model.tolerance_sd.any())
         self._bets(model)
         self._plug_ins(model)
         self.reset()
@@ -449,15 +450,15 @@ class EDetector:
         else:
             along = direction @ self._whitening
             band = length * self._model.radius
-            if self._model.tolerance_sd:
-                band = np.maximum(band, self._model.tolerance_sd * np.abs(along).sum(axis=1))
+            if self._tolerates:
+                band = np.maximum(band, np.abs(along) @ self._model.tolerance_sd)
             gain[:, :level] = z @ along.T
             gain[:, :level] -= band
             self._variance[:level] = self._model.inflation * length * length
         if level < self._axis_at:
             i, j, sign = self._oddest_pair()
             square = float(self._pair_square[i, j])
-            x = sign * (self._product(white, i, j) - float(self._pair_mean[i, j])) - self._pair_band(square)
+            x = sign * (self._product(white, i, j) - float(self._pair_mean[i, j])) - self._pair_band(i, j, square)
             np.multiply(x[:, None], self._pair_bets, out=gain[:, level : self._axis_at])
             self._variance[level:] = square * self._pair_bets**2
         quadratic += quadratic * quadratic / 3.0
@@ -482,8 +483,9 @@ class EDetector:
         learnt *= (length / np.sqrt(np.maximum(squares, 1e-24))).astype(np.float32)[:, None]
         return learnt, length
 
-    def _pair_band(self, square: float) -> float:
-        return max(self._model.pair_band, self._model.tolerance_sd) * math.sqrt(square)
+    def _pair_band(self, i: int, j: int, square: float) -> float:
+        tolerance = self._model.tolerance_sd
+        return max(self._model.pair_band, float(tolerance[i]), float(tolerance[j])) * math.sqrt(square)
 
     def _product(self, white: Singles, i: int, j: int) -> Floats:
         product = (white[:, i] * white[:, j]).astype(np.float64)
@@ -500,9 +502,9 @@ class EDetector:
         """Most that the mean of (v y)^2 may be along the axis v, of length 1."""
         model = self._model
         shift, most = model.radius, model.inflation
-        if model.tolerance_sd:
-            shift = max(shift, model.tolerance_sd * float(np.abs(self._whitening @ self._axis).sum()))
-            most = max(most, 1.0 + model.tolerance_sd)
+        if self._tolerates:
+            shift = max(shift, float(np.abs(self._whitening @ self._axis) @ model.tolerance_sd))
+            most = max(most, 1.0 + float(model.tolerance_sd.max()))
         return most + shift * shift
 
     def _learn_from(self, white: Singles) -> None:

@@ -157,9 +157,10 @@ _STATIONARY: Final = {
     "bin_values": ("<f4", "mb"),
     "bin_share": ("<f4", "mB"),
     "bin_bound": ("<f4", "mB"),
+    "tolerance_sd": ("<f4", "w"),
 }
 _STATIONARY_NUMBERS: Final = (
-    "gap_s", "dense_centre", "dense_scale", "pair_band", "radius", "inflation", "tolerance_sd", "claim_rows",
+    "gap_s", "dense_centre", "dense_scale", "pair_band", "radius", "inflation", "claim_rows",
 )  # fmt: skip
 MEAN_BETS: Final = 8
 VARIANCE_BETS: Final = 5
@@ -390,6 +391,7 @@ def _check_stationary(model: StationaryModel, d: int) -> None:
     finite = np.array(_numbers_of(model))
     within = -1 <= int(model.bin_column.min(initial=-1)) <= int(model.bin_column.max(initial=-1)) < w
     known = np.isfinite(model.bin_values).any(axis=1).all()
+    within = within and float(model.tolerance_sd.min()) >= 0
     if not np.isfinite(finite).all() or not within or not known or not float(model.rates.max()) < 1:
         raise Corrupt("reference.npz: a constant of the stationary model is out of bounds", hint=HINT)
 

@@ -197,3 +197,13 @@ def test_columns_choose_what_is_looked_at() -> None:
     assert feed(monitor, x) == []
     x[:, 3] += 0.8
     assert feed(monitor, x)[0][1].channels == (NAMES[3],)
+
+
+def test_a_tolerance_of_one_feature_is_for_that_feature_only() -> None:
+    reference = reference_of(fit(gaussian(4000, seed=1), tolerance_sd=np.array([0.0, 0.5, 0.0, 0.0])))
+    assert load_reference(dump_reference(reference)).stationary.tolerance_sd.tolist() == [0.0, 0.5, 0.0, 0.0]
+    x = gaussian(4000, seed=2)
+    x[:, 1] += 0.4
+    assert feed(StationaryMonitor(reference), x) == []
+    x[:, 1], x[:, 2] = x[:, 1] - 0.4, x[:, 2] + 0.4
+    assert feed(StationaryMonitor(reference), x)[0][1].channels == ("tilt",)
