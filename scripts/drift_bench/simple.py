@@ -1,4 +1,4 @@
-"""Two detectors everybody can name: an alarm every so many rows, and the population stability index by its rule.
+"""The population stability index by its rule of thumb.
 
 PSI is computed per feature and tumbling window against ten bins of the reference's deciles; the rule of thumb
 calls .1 a moderate and .2 a significant change. Its knob here is the window.
@@ -13,25 +13,6 @@ from scripts.drift_bench.streams import Rows
 
 BINS = 10
 LEAST_SHARE = 1e-4
-
-
-class EveryRows:
-    """Alarms every `period` rows whatever they are."""
-
-    def __init__(self, period: int) -> None:
-        self._period = period
-        self._seen = 0
-
-    def first_alarm(self, rows: Rows) -> int | None:
-        left = self._period - self._seen
-        if left > len(rows):
-            self._seen += len(rows)
-            return None
-        self._seen = 0
-        return left
-
-    def reset(self) -> None:
-        """It does not matter what happened: its clock goes on."""
 
 
 class StabilityIndex:

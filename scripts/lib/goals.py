@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`bound`: whether `limit` is the most or the least allowed. A truth value counts as 1 or 0."""
+    """`bound`: whether `limit` is the most or the least allowed. A truth value counts as 1 or 0.
+
+    section "": the key stands at the top of the document.
+    """
 
     section: str
     key: str
@@ -27,10 +30,16 @@ class Goal:
 def empty(keys: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """A document with every promised key, nothing known yet."""
     return {
-        **{section: dict.fromkeys(names) for section, names in keys.items()},
+        **{section: dict.fromkeys(names) for section, names in keys.items() if section},
+        **dict.fromkeys(keys.get("", ())),
         "missing": {},
         "details": {},
     }
+
+
+def value_of(document: Mapping[str, Any], section: str, key: str) -> Any:
+    """None where the document does not know it."""
+    return document.get(section, {}).get(key) if section else document.get(key)
 
 
 def median(values: Sequence[float]) -> float:
@@ -53,7 +62,7 @@ def lines(goals: Sequence[Goal], document: Mapping[str, Any]) -> list[str]:
     """The table of goals: text, measured, goal, met or not."""
     rows = []
     for goal in goals:
-        value = document[goal.section][goal.key]
+        value = value_of(document, goal.section, goal.key)
         met = goal.met(value)
         verdict = {True: "met", False: "MISSED", None: "not measured"}[met]
         shown = "-" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
@@ -69,9 +78,9 @@ def compare(keys: Mapping[str, Sequence[str]], before: Mapping[str, Any], now: M
     rows = []
     for section, names in keys.items():
         for key in names:
-            old, new = before.get(section, {}).get(key), now.get(section, {}).get(key)
+            old, new = value_of(before, section, key), value_of(now, section, key)
             if old is None or new is None:
                 continue
             change = f"{(new / old - 1) * 100:+.1f} %" if old else ("same" if new == old else "from zero")
-            rows.append(f"{section + '.' + key:36}{old:>14,.4g}{new:>14,.4g}{change:>10}")
+            rows.append(f"{f'{section}.{key}'.strip('.'):36}{old:>14,.4g}{new:>14,.4g}{change:>10}")
     return rows
