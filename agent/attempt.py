@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from agent import clock
+from agent.blame import Doubt, content_of, disagreement, still_answers
 from agent.contract.errors import DeadlineExceeded, EngineFailed, InvalidRequest, Overloaded, ServingError
 from agent.contract.plan import EngineKind
 from agent.contract.tensors import Array, Tensor
@@ -33,6 +34,7 @@ from agent.service import Answer, Request, Service
 from agent.watchdog import TICK_S, Watch
 
 NO_LABEL = (NO_CLASS, math.nan, math.nan)
+NON_FINITE = "non_finite"
 SLOW = 3.0  # a row may take so many times what it took while warming
 
 
@@ -48,7 +50,7 @@ class Trouble:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What running a request came to, before anybody is told."""
+    """What running a request came to, before anybody is told. `fits`: else it is recorded nowhere."""
 
     outcome: Outcome
     reply: Answer | ServingError
@@ -58,6 +60,7 @@ class Result:
     raw: Mapping[str, Array] | None = None
     troubles: tuple[Trouble, ...] = ()
     queue_us: float = 0.0
+    fits: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,10 @@ class Attempt:
             raw = self._try(seat, feeds, behind=seats[place + 1] if place + 1 < len(seats) else None)
             if raw is not None:
                 return self._served(seat, raw)
+            odd = disagreement(seat.plan.inputs, feeds) if self._troubles[-1].code == EngineFailed.code else ""
+            if odd:
+                error = InvalidRequest(f"{odd}: {self._troubles[-1].text}")
+                return Result(Outcome.ERROR, error, NO_ENGINE, queue_us=self._queue_us, fits=False)
         return self._unanswered()
 
     def _guarded(self) -> Mapping[str, Array]:
@@ -132,7 +139,7 @@ class Attempt:
             array = raw[output.name]
             if array.dtype.kind == "f" and np.count_nonzero(np.isfinite(array)) < array.size:
                 text = f"output '{output.name}' of engine '{seat.plan.engine}' holds NaN or infinity"
-                self._troubles.append(Trouble(seat, "non_finite", text))
+                self._troubles.append(Trouble(seat, NON_FINITE, text))
                 return None
         return raw
 
@@ -163,6 +170,8 @@ class Attempt:
 
     def _served(self, seat: Seat, raw: Mapping[str, Array]) -> Result:
         plan, datatypes = seat.plan, self._service.datatypes
+        if not self._troubles:
+            self._service.doubt = None
         outcome, reason = Outcome.OK, self._lineup.reason
         if self._troubles:
             failed = self._troubles[-1]
@@ -193,11 +202,26 @@ class Attempt:
         raw: Mapping[str, Array] | None = None,
     ) -> Result:
         first = first_engine(self._lineup)
+        if self._troubles and (seat is None or seat.plan.kind is EngineKind.FLOOR):
+            self._troubles[0] = self._judged(self._troubles[0])
         if outcome is Outcome.ERROR and not self._troubles:
             first = NO_ENGINE  # nothing ran, so nothing failed: the floor that refuses was asked first
         if self._troubles and not self._troubles[0].blamed:
             first = NO_ENGINE  # observed as nobody's failure
         return Result(outcome, reply, first, self._verdict, seat, raw, tuple(self._troubles), self._queue_us)
+
+    def _judged(self, trouble: Trouble) -> Trouble:
+        """What nobody but a constant answered may be the request's fault: see `blame`."""
+        if trouble.code not in (EngineFailed.code, NON_FINITE):
+            return trouble
+        limit_ns = min(self._deadline_ns, clock.monotonic_ns() + self._stuck_ns)
+        if not still_answers(trouble.seat.engine, self._watch, limit_ns):
+            return trouble
+        service, before = self._service, self._service.doubt
+        service.doubt = Doubt(trouble.seat.index, self._request.arrival_ns, content_of(self._request.inputs))
+        if service.doubt.confirmed(before, service.last_ns):
+            return trouble
+        return replace(trouble, blamed=False, text=f"{trouble.text} (it still answers what it was warmed with)")
 
 
 def run_limit(behind: Seat | None, left_ns: float, *, rows: int, stuck_ns: int) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from agent import clock
 from agent.admission import Admission
+from agent.blame import Doubt
 from agent.contract.errors import ConfigError, InvalidRequest, UnknownModel
 from agent.contract.plan import Placement, ServicePlan
 from agent.contract.tensors import Array, Tensor, check_shape
@@ -86,6 +87,7 @@ class Service:
         self._ring: RingWriter | None = None
         self.queue_us = 0.0  # of all requests together
         self.last_ns = 0  # when the newest request came, monotonic
+        self.doubt: Doubt | None = None  # the newest failure that nothing but itself speaks for
         self.admission = Admission(plan.queue_limit, lineup.slowest_us)  # of requests for the service's thread
 
     def count_in(self, ring: RingWriter) -> None:

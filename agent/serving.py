@@ -179,6 +179,8 @@ class Serving:
         service.last_ns = request.arrival_ns
         for trouble in result.troubles:
             self._note(service, trouble)
+        if not result.fits:
+            return
         try:
             observe(self._ring, service, request, result, rows, elapsed_ns)
         except _UNRECORDABLE:  # the request has its answer; raising would only give it a second one

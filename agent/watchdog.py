@@ -21,18 +21,20 @@ UNSTOPPABLE_S = 1.0  # how long a run may outlive its end order beyond `stuck_af
 class Watch:
     """The current run of one thread, for the watchdog to see."""
 
-    def __init__(self, dog: Watchdog) -> None:
+    def __init__(self, dog: Watchdog, control: RunControl | None = None) -> None:
         self._dog = dog
         self._lock = threading.Lock()
-        self._control = RunControl()
+        self._control = control or RunControl()
         self.options = self._control.options
         self._limit_ns = 0
         self.started_ns = 0  # 0 = nothing runs
 
     def run(self, engine: Engine, feeds: Mapping[str, Array], limit_ns: int) -> dict[str, Array]:
         """Run, to be ended at `limit_ns` (monotonic). Raises: EngineFailed."""
-        self._limit_ns = limit_ns
-        self.started_ns = clock.monotonic_ns()
+        with self._lock:  # orders are given under it: none for the run before is on its way any more...
+            self._control.rearm()  # ...and what one left behind is gone
+            self._limit_ns = limit_ns
+            self.started_ns = clock.monotonic_ns()
         self._dog.notice()
         try:
             return engine.run(feeds, control=self._control)
@@ -42,8 +44,8 @@ class Watch:
     def begin(self, now_ns: int, limit_ns: int) -> None:
         """A run that its owner makes by itself, with `options`. It ends with `started_ns = 0`; if it failed, `clear`.
 
-        Without the lock an end order may then reach the run after it: whoever runs so must look at the clock when a
-        run fails.
+        Without the lock an end order may then reach the next run that begins so (never one of `run`): whoever runs so
+        must look at the clock when a run fails.
         """
         self._limit_ns = limit_ns
         self.started_ns = now_ns

@@ -29,6 +29,11 @@ class Engine(Protocol):
         """What 95 of 100 such runs take at most."""
         ...
 
+    @property
+    def example(self) -> Mapping[str, Array] | None:
+        """The request it was warmed with, and answered then; None = not warmed or a constant."""
+        ...
+
     def run(
         self, feeds: Mapping[str, Array], wanted: Sequence[str] = (), *, control: RunControl | None = None
     ) -> dict[str, Array]:

@@ -18,6 +18,7 @@ class FloorEngine:
 
     inputs: tuple[TensorPlan, ...]
     warm_us = p95_us = 0.0
+    example: Mapping[str, Array] | None = None
 
     def __init__(
         self, rows: Mapping[str, Sequence[float]], inputs: Sequence[TensorPlan], outputs: Sequence[TensorPlan]

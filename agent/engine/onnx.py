@@ -46,7 +46,8 @@ class OnnxEngine:
         self.times = Times(0.0, 0.0)  # of one warm batch-1 run
         self._all = tuple(output.name for output in self.outputs)
         self._texts = tuple(tensor.name for tensor in self.inputs if tensor.datatype == "BYTES")
-        self._example: tuple[dict[str, Array], dict[str, Array]] | None = None
+        self.example: Mapping[str, Array] | None = None
+        self._answer: dict[str, Array] | None = None  # to the example, where a lane can be made of both
         self._lane: Lane | None = None
 
     @classmethod
@@ -103,8 +104,9 @@ class OnnxEngine:
         timer.start()
         try:
             answer = self.run(feeds, control=control)
+            self.example = {name: array.copy() for name, array in feeds.items()}  # not the whole that it is a row of
             if all(_is_bindable(tensor) for tensor in (*self.inputs, *self.outputs)):
-                self._example = (dict(feeds), answer)
+                self._answer = answer
                 self._lane = self.lane()
             self.times = times(self._measure(feeds, control))
         finally:
@@ -149,7 +151,9 @@ class OnnxEngine:
 
     def lane(self, order: Sequence[str] = ()) -> Lane | None:
         """Memory of its own for one request of batch 1, outputs in this order; None where shapes are not fixed."""
-        return None if self._example is None else Lane(self._session, *self._example, order)
+        if self.example is None or self._answer is None:
+            return None
+        return Lane(self._session, self.example, self._answer, order)
 
     def _time(self, feeds: Mapping[str, Array], control: RunControl) -> float:
         start = clock.monotonic_ns()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from agent import clock
 from agent.contract.errors import (
@@ -38,6 +39,8 @@ from tests.models import (
     expected_probability,
     floor_plan,
     guard_plan,
+    model,
+    save,
     service_plan,
     window,
 )
@@ -270,7 +273,7 @@ def test_a_floor_that_is_configured_to_refuse_refuses(tmp_path: Path, ring_fd: i
         with pytest.raises(Overloaded, match="only the floor is left"):
             await stage.ask(window(TOLD))
         [record] = stage.ring.read()
-        assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.ERROR, NO_ENGINE, 0)
+        assert (record["outcome"], record["engine"], record["first_engine"]) == (Outcome.ERROR, NO_ENGINE, NO_ENGINE)
         assert stage.serving.statistics()["errors"] == 1
         assert stage.serving.statistics()["floor"] == 0
 
@@ -280,13 +283,13 @@ def test_a_floor_that_is_configured_to_refuse_refuses(tmp_path: Path, ring_fd: i
 
 def test_a_refused_floor_is_a_failure_of_the_engine_that_was_tried_first(tmp_path: Path, ring_fd: int) -> None:
     async def story(stage: Stage) -> None:
-        for _ in range(3):
+        for seed in range(4):  # the first one alone might be the request's fault
             with pytest.raises(Overloaded):
-                await stage.ask(window(TOLD))
+                await stage.ask(window(TOLD, seed=seed))
         plan = MonitorPlan("wrist", 0, ("wrist", "wrist-floor"), (), {})
         monitor = Monitor(plan)
         assert monitor.observe(stage.ring.read()) == [EngineFault("wrist", "wrist", "engine_failed", 3)]
-        assert monitor.statistics()["counters"]["error"] == 3
+        assert monitor.statistics()["counters"]["error"] == 4
 
     plan = service_plan(engine_plan(tmp_path, "wrist", trouble="nan"), floor_plan(), floor_status=503)
     play(plan, ring_fd, story)
@@ -396,6 +399,7 @@ class Odd:
     """An engine that answers what it was given, whatever was promised."""
 
     warm_us = p95_us = 0.0
+    example = None
 
     def __init__(self, **answer: np.ndarray) -> None:
         self.inputs: tuple[TensorPlan, ...] = ()
@@ -419,6 +423,118 @@ def ask_odd(service: Service, ring_fd: int, inputs: dict[str, np.ndarray]) -> tu
     serving.submit(Request("wrist", inputs, clock.monotonic_ns()), told.append)
     serving.close()
     return told, serving
+
+
+# --- whose fault it is -----------------------------------------------------------------------------------------
+def lookup(folder: Path) -> EnginePlan:
+    """A row of a table of four by `index`, plus `shift`: both with rows of their own."""
+    nodes = [
+        helper.make_node("Gather", ["table", "index"], ["row"]),
+        helper.make_node("Add", ["row", "shift"], ["y"]),
+    ]
+    table = numpy_helper.from_array(np.arange(8, dtype=np.float32).reshape(4, 2), "table")
+    inputs = [
+        helper.make_tensor_value_info("index", TensorProto.INT64, ["rows"]),
+        helper.make_tensor_value_info("shift", TensorProto.FLOAT, ["others", 2]),
+    ]
+    proto = model(nodes, inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["rows", 2])], [table])
+    return EnginePlan(
+        engine="lookup", version=1, digest="a" * 64, kind=EngineKind.ONNX, model_path=str(folder / "lookup.onnx"),
+        model_sha256=save(proto, folder / "lookup.onnx"),
+        inputs=(TensorPlan("index", "INT64", (-1,)), TensorPlan("shift", "FP32", (-1, 2))),
+        outputs=(TensorPlan("y", "FP32", (-1, 2)),),
+    )  # fmt: skip
+
+
+def lookup_service(folder: Path) -> Service:
+    engine = lookup(folder)
+    constant = replace(
+        engine, engine="constant", kind=EngineKind.FLOOR, model_path="", floor_outputs={"y": [0.0, 0.0]}
+    )
+    plan = service_plan(engine, constant, guard=None, label_output="y", deadline_ms=60_000.0)
+    return Service(0, plan, load_lineup(plan)[0])
+
+
+def look_up(serving: Serving, index: list[int], shift_rows: int) -> Answer | ServingError:
+    told: list[Answer | ServingError] = []
+    feeds = {"index": np.array(index, np.int64), "shift": np.zeros((shift_rows, 2), np.float32)}
+    serving.submit(Request("wrist", feeds, clock.monotonic_ns()), told.append)
+    [reply] = told
+    return reply
+
+
+@pytest.fixture
+def tables(tmp_path: Path, ring_fd: int) -> Iterator[Serving]:
+    serving = Serving(
+        [lookup_service(tmp_path)], RingWriter(ring_fd), stuck_after_s=60, on_unstoppable=lambda: None, inline_us=1e9
+    )
+    yield serving
+    serving.close()
+
+
+def faults(ring_fd: int) -> int:
+    monitor = Monitor(MonitorPlan("wrist", 0, ("lookup", "constant"), (), {}))
+    events = monitor.observe(RingReader(ring_fd).read())
+    return sum(event.count for event in events if isinstance(event, EngineFault))
+
+
+def test_inputs_of_different_lengths_that_do_not_run_are_the_callers_mistake(tables: Serving, ring_fd: int) -> None:
+    for _ in range(3):
+        reply = look_up(tables, [0, 1], shift_rows=3)
+        assert isinstance(reply, InvalidRequest)
+        assert str(reply).startswith(
+            "input 'index' has 2 rows and input 'shift' has 3: a run of engine 'lookup' failed"
+        )
+    assert tables.statistics()["requests"] == 0  # like every request that does not fit
+    assert tables.take_troubles() == []
+
+
+def test_inputs_of_different_lengths_that_do_run_are_answered(tables: Serving) -> None:
+    reply = look_up(tables, [0, 1], shift_rows=1)
+    assert isinstance(reply, Answer)
+    assert outputs(reply)["y"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "blamed"),
+    [
+        ([[9], [9], [9], [9]], 0),  # the same nonsense again and again
+        ([[9], [1], [8], [1], [7], [1], [6]], 0),  # others are answered meanwhile
+        ([[9], [8], [7], [6]], 3),  # nobody is answered, whatever is asked
+    ],
+)
+def test_nonsense_benches_no_engine_that_answers_others(
+    tables: Serving, ring_fd: int, asked: list[list[int]], blamed: int
+) -> None:
+    for index in asked:
+        reply = look_up(tables, index, shift_rows=1)
+        assert isinstance(reply, Answer)
+        assert reply.engine == ("lookup" if index == [1] else "constant")
+    assert faults(ring_fd) == blamed
+    texts = [trouble.text for trouble in tables.take_troubles()]
+    assert all("out of data bounds" in text for text in texts)
+
+
+class Worn(Odd):
+    """An engine that was warmed, and fails at everything since."""
+
+    example: Any = {}  # noqa: RUF012 - as every engine has it
+
+    def run(self, feeds: object, wanted: object = (), *, control: RunControl | None = None) -> dict[str, np.ndarray]:
+        del feeds, wanted, control
+        raise EngineFailed("worn out")
+
+
+def test_an_engine_that_fails_at_what_it_was_warmed_with_is_blamed_at_once(tmp_path: Path, ring_fd: int) -> None:
+    service = lookup_service(tmp_path)
+    good, constant = service.lineup.seats
+    service.lineup = Lineup((replace(good, engine=Worn()), constant))
+    serving = Serving([service], RingWriter(ring_fd), stuck_after_s=60, on_unstoppable=lambda: None, inline_us=1e9)
+    reply = look_up(serving, [1], shift_rows=1)
+    assert isinstance(reply, Answer)
+    assert reply.reason == "failover: lookup engine_failed"
+    assert faults(ring_fd) == 1
+    serving.close()
 
 
 def test_rows_are_those_of_the_free_first_axis_in_whatever_order_inputs_come(ring_fd: int) -> None:

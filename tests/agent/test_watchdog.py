@@ -13,7 +13,7 @@ from agent.contract.errors import EngineFailed
 from agent.contract.plan import TensorPlan
 from agent.engine import RunControl
 from agent.lineup import load_lineup
-from agent.watchdog import Watchdog
+from agent.watchdog import Watch, Watchdog
 from tests.models import engine_plan, service_plan, window
 
 TOLD = 200.0  # a window shifted by this makes a troubled engine do its worst
@@ -64,4 +64,54 @@ def test_the_watchdog_sleeps_while_nothing_runs_and_wakes_for_a_run(tmp_path: Pa
         clock.sleep(0.01)
     with pytest.raises(EngineFailed, match="was ended"):
         watch.run(engine, {"window": window(TOLD)}, clock.monotonic_ns() + 50_000_000)
+    dog.close()
+
+
+class Hesitant(RunControl):
+    """An end order that is on its way for as long as it is held up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.on_its_way, self.go = threading.Event(), threading.Event()
+
+    def stop(self) -> None:
+        self.on_its_way.set()
+        self.go.wait(30)
+        super().stop()
+
+
+class Asking:
+    """An engine that answers whether its run was told to end, once the order has had every chance to come."""
+
+    inputs: tuple[TensorPlan, ...] = ()
+    outputs: tuple[TensorPlan, ...] = ()
+    warm_us = p95_us = 0.0
+    example = None
+
+    def __init__(self, order: threading.Thread) -> None:
+        self.order = order
+
+    def run(self, feeds: object, wanted: object = (), *, control: RunControl | None = None) -> dict[str, np.ndarray]:
+        del feeds, wanted
+        self.order.join(30)
+        assert control is not None
+        return {"stopped": np.array(control.stopped)}
+
+
+def test_a_late_end_order_for_a_short_way_run_never_reaches_the_strict_run_behind_it() -> None:
+    dog, control = Watchdog(600.0, lambda: None), Hesitant()
+    watch = Watch(dog, control)
+    now_ns = clock.monotonic_ns()
+    watch.begin(now_ns, now_ns)
+    order = threading.Thread(target=watch.end_if_late, args=(now_ns + 1,))
+    order.start()
+    assert control.on_its_way.wait(30)
+    watch.started_ns = 0  # it ended by itself meanwhile, without the lock
+    answers: list[dict[str, np.ndarray]] = []
+    far_ns = now_ns + 600 * 10**9
+    strict = threading.Thread(target=lambda: answers.append(watch.run(Asking(order), {}, far_ns)))
+    strict.start()
+    control.go.set()
+    strict.join(30)
+    assert [bool(answer["stopped"]) for answer in answers] == [False]
     dog.close()
