@@ -75,10 +75,9 @@ def fit_stationary(
 
     rows: (n, d) contiguous and in time order, NaN = missing; times_s: (n,) seconds of the data, needed for seasons
     and gaps; claim_rows: rows on average to a false alarm, at least; tolerance_sd: shifts that do not matter, in
-    standard deviations of what the transform leaves, of all or of each column (None = 0: only what the reference cannot
-    tell is tolerated);
-    columns: which features of the view, all by default; predicted: (n,) classes 0..labels-1 as the model will predict
-    them on rows it has not seen (out of sample), to watch their shares.
+    standard deviations of what the transform leaves, of all or of each column (None = 0: only what the reference
+    cannot tell is tolerated); columns: which features of the view, all by default; predicted: (n,) classes
+    0..labels-1 as the model will predict them on rows it has not seen (out of sample), to watch their shares.
 
     Raises:
         ReferenceRefused: fewer than 500 rows, or a feature that never differs or is mostly missing.
@@ -269,7 +268,6 @@ def _ljung_box(y: Floats) -> float:
 # --- charges -----------------------------------------------------------------------------------------------
 def _moments(residual: Floats, terms: Floats, tolerance: Floats) -> dict[str, Any]:
     """All that is known of the residuals: (rows, w), NaN = missing."""
-    w = residual.shape[1]
     centre, scale = np.nanmean(residual, axis=0), _spread(residual)
     z = np.clip((residual - centre) / scale, -CLIP, CLIP)
     offset = np.nanmean(z, axis=0)

@@ -49,8 +49,8 @@ class StationaryModel:
     variance_charge (variance bets, w), dense_charge (variance bets,). variance_centre and variance_scale (w,): of the
     clipped squares; dense_centre and dense_scale: of their standardised sum. whitening (w, w) symmetric; pair_mean
     and pair_square (w (w - 1) / 2,): of whitened products; pair_band: in standard deviations of a product. radius: of
-    the reference's mean vector in whitened space; inflation: of the variance in any direction. tolerance_sd (w,): shifts
-    of each that do not matter.
+    the reference's mean vector in whitened space; inflation: of the variance in any direction. tolerance_sd (w,):
+    shifts of each that do not matter.
 
     Counters: low and high (w,) of the reference's residuals; rates (3, w): most that repeats, missing values and
     values out of range may make of the rows. Bins: bin_column (m,) int16 places among the columns, -1 = the predicted
