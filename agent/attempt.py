@@ -29,6 +29,7 @@ from agent.observation import (
     Outcome,
     RingWriter,
     label_statistics,
+    source_of,
 )
 from agent.service import Answer, Request, Service
 from agent.watchdog import TICK_S, Watch
@@ -245,6 +246,9 @@ def observe(ring: RingWriter, service: Service, request: Request, result: Result
     if labels is not None and labels.ndim:
         rows = len(labels)
     raw, judged = _labels(labels)
+    source = request.source
+    if not source and request.client and not math.isnan(request.data_time_s):
+        source = source_of(request.client)
     for row in range(min(max(rows, 1), MAX_ROWS)):
         bits = NO_BITS if result.verdict is None else result.verdict.row_bits(row)
         view = b"" if views is None or row >= len(views) else views[row].tobytes()
@@ -254,7 +258,7 @@ def observe(ring: RingWriter, service: Service, request: Request, result: Result
             Observation(
                 request.arrival_ns, request.data_time_s, elapsed_ns / 1e3, result.queue_us, service.index,
                 NO_ENGINE if seat is None else seat.index, result.first, result.outcome, row, min(rows, 0xFFFF),
-                int(predicted), confidence, entropy, *bits, len(view) // 4, view, label,
+                int(predicted), confidence, entropy, *bits, len(view) // 4, view, label, source,
             )
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ from agent.contract.plan import (
 )
 from agent.decisions.choice import Card, read_card
 from agent.decisions.fallback import Limits
-from agent.decisions.service import ServicePolicy
+from agent.decisions.service import ServicePolicy, switching
 from agent.drift import Reference, load_reference
 from agent.modelcache import FOLDER as CACHE
 from agent.monitor import MonitorPlan
@@ -136,6 +136,8 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         classes=len(active.labels),
         view=view.name if view else "",
         latency_p95_us=config.budget.latency_p95_us or promised(active).latency_p95_us or 0.0,
+        hop_s=active.window.hop / active.window.rate_hz if active.window else 0.0,
+        repeats=active.window is not None if config.guard.repeated is None else config.guard.repeated,
     )
     return Blueprint(
         name=section.name,
@@ -322,4 +324,5 @@ def _policy(config: AgentConfig, service: str, card: Card, missing: str) -> Serv
         failures=fallback.failures,
         of_last=fallback.of_last,
         missing=missing,
+        switching=switching(card),
     )

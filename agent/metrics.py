@@ -44,6 +44,10 @@ METRICS: Final = (
     Metric("edgewarden_requests_total", Kind.COUNTER, "Requests by outcome.", ("service", "outcome")),
     Metric("edgewarden_rows_total", Kind.COUNTER, "Input rows received.", ("service",)),
     Metric("edgewarden_odd_rows_total", Kind.COUNTER, "Rows a guard found odd, by what.", ("service", "guard")),
+    Metric(
+        "edgewarden_odd_channel_rows_total", Kind.COUNTER, "The same by channel; channels never odd are left out.",
+        ("service", "guard", "channel"),
+    ),
     Metric("edgewarden_observation_gaps_total", Kind.COUNTER, "Observations overwritten before being read."),
     Metric(
         "edgewarden_latency_seconds", Kind.SUMMARY, "Latency of answered requests; quantiles since the start.",

@@ -39,10 +39,19 @@ from agent.decisions.events import (
     Event,
     Level,
 )
-from agent.drift import DriftMonitor, Finding, FixedPoint, GuardCounters, MomentWindow, Reference, drift_monitor
+from agent.drift import (
+    DriftMonitor,
+    Finding,
+    FixedPoint,
+    GuardCounters,
+    MomentWindow,
+    Reference,
+    SenderCounters,
+    drift_monitor,
+)
 from agent.drift.counters import HISTORY_ROWS
 from agent.drift.thinning import Allowance, Repetition
-from agent.observation import NO_ENGINE, Outcome
+from agent.observation import NO_ENGINE, PATCHED, Outcome
 from agent.sketch import LogSketch
 from agent.tally import ANSWERED, Tally, add_latencies
 
@@ -76,7 +85,8 @@ JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED})
 @dataclass(frozen=True, slots=True)
 class MonitorPlan:
     """What is watched. `index` and `engines` as in the worker's plan; `channels` in the order of the guard's bits;
-    `groups`: channel -> sensor group; `classes`: number of labels; `latency_p95_us`: 0 = no budget.
+    `groups`: channel -> sensor group; `classes`: number of labels; `latency_p95_us`: 0 = no budget; `hop_s`: from one
+    window to the next, 0 = not known; `repeats`: whether inputs that repeat are a fault.
     """
 
     service: str
@@ -87,6 +97,8 @@ class MonitorPlan:
     classes: int = 0
     view: str = ""
     latency_p95_us: float = 0.0
+    hop_s: float = 0.0
+    repeats: bool = False
 
 
 class Monitor:
@@ -98,12 +110,15 @@ class Monitor:
         self._budget = LatencyBudget(plan.latency_p95_us) if plan.latency_p95_us > 0 else None
         self._guards = GuardCounters(plan.channels, dict(plan.groups))
         self._repetition = Repetition(HISTORY_ROWS, len(BITS))
+        self._senders = SenderCounters(plan.hop_s)
+        self._repeated = 0  # rows of the batch in hand
         self._guard_rows = Allowance(GUARD_ROWS_PER_S, GUARD_ROWS_AT_ONCE)
         self._drift = drift_monitor(reference) if reference else None
         self._digest = reference.digest() if reference else ""
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
         self._drift_rows = Allowance(DRIFT_ROWS_PER_S, DRIFT_ROWS_AT_ONCE)
         self._totals: Counter[str] = Counter()
+        self._odd: Counter[tuple[str, str]] = Counter()  # rows by guard and channel
         self._lifetime = {engine: LogSketch() for engine in plan.engines}
         self._start_window()
 
@@ -132,6 +147,7 @@ class Monitor:
             *self._engine_events(requests),
             *self._latency_events(requests),
             *self._guard_events(judged),
+            *self._sender_events(judged),
             *self._drift_events(judged),
         ]
 
@@ -148,6 +164,9 @@ class Monitor:
             if channels:
                 text = f"{', '.join(channels)}: {kind}, as before {since}"
                 events.append(self._alarm(Finding(kind, raised=True, channels=channels, text=text)))
+        for kind, senders in self._senders.statistics().items():
+            if senders:
+                events.append(self._alarm(Finding(kind, raised=True, text=f"the input: {kind}, as before {since}")))
         if self._drift and self._drift.raised:
             text = f"the input has drifted from its reference, as before {since}"
             events.append(self._alarm(Finding("drift", raised=True, channels=self._drift.named(), text=text)))
@@ -162,24 +181,32 @@ class Monitor:
 
     def statistics(self) -> dict[str, Any]:
         """Since the start: `counters`; per engine `latency` (count, total_us, p50_us, p95_us, p99_us; None = no
-        request yet); `budget`, `guards` (kind -> channels) and `drift`, empty when not watched.
+        request yet); `budget`, `guards` (kind -> channels, none = the whole input), `odd_rows` (guard -> channel ->
+        rows) and `drift`, empty when not watched.
         """
         return {
             "counters": dict(self._totals),
             "latency": {engine: _summary(sketch) for engine, sketch in self._lifetime.items()},
             "budget": {**self._budget.numbers(), "raised": float(self._budget.raised)} if self._budget else {},
-            "guards": {kind: list(names) for kind, names in self._guards.statistics().items() if names},
+            "guards": {kind: list(names) for kind, names in self._guards.statistics().items() if names}
+            | {kind: [] for kind, senders in self._senders.statistics().items() if senders},
+            "odd_rows": {
+                name: {channel: count for (kind, channel), count in self._odd.items() if kind == name and count}
+                for name in BITS
+            },
             "drift": self._drift.statistics() if self._drift else {},
         }
 
     def state(self) -> dict[str, Any]:
         """What a restart needs, as JSON."""
-        return {"guards": self._guards.state(), "drift": self._drift.state() if self._drift else None}
+        drift = self._drift.state() if self._drift else None
+        return {"guards": self._guards.state(), "senders": self._senders.state(), "drift": drift}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; parts that belong to other channels or another reference start anew."""
         if self._guards.restore(state.get("guards") or {}):
             self._repetition.forget()
+        self._senders.restore(state.get("senders") or {})
         if self._drift and state.get("drift"):
             self._drift.restore(state["drift"])
 
@@ -221,7 +248,10 @@ class Monitor:
 
     def _count_bits(self, records: Records) -> None:
         for name, bits in BITS.items():
-            self._count(f"rows_{name}", int(np.count_nonzero(records[bits])))
+            odd = records[bits][records[bits] != 0]
+            self._count(f"rows_{name}", len(odd))
+            for index, channel in enumerate(self._plan.channels) if len(odd) else ():
+                self._odd[name, channel] += int(np.count_nonzero(odd >> np.uint64(index) & np.uint64(1)))
 
     # --- engines ---
     def _engine_events(self, requests: Records) -> Iterator[Event]:
@@ -276,6 +306,37 @@ class Monitor:
             for finding in self._guards.update(**dict(zip(BITS, values, strict=True))):
                 yield self._alarm(finding)
 
+    def _sender_events(self, judged: Records) -> Iterator[Event]:
+        times_s = np.where(judged["rows"] == 1, judged["data_time_s"], np.nan)  # rows of one request share their time
+        timed = np.isfinite(times_s) & (self._plan.hop_s > 0)
+        comparable = self._comparable(judged)
+        news = np.flatnonzero(timed | comparable)
+        before = self._senders.repeated
+        views = np.ascontiguousarray(judged["view"][news])
+        sources = judged["source"][news].tolist()
+        for at, source, width, time_s, compared, request in zip(
+            range(len(news)), sources, judged["view_width"][news].tolist(), times_s[news].tolist(),
+            comparable[news].tolist(), judged["arrival_ns"][news].tolist(), strict=True,
+        ):  # fmt: skip
+            view = views[at, :width].tobytes() if compared else b""
+            patched = bool(source & PATCHED)
+            for finding in self._senders.update(
+                source & ~PATCHED, view=view, time_s=time_s, patched=patched, request=request
+            ):
+                yield self._alarm(finding)
+        self._repeated = self._senders.repeated - before
+        self._count("rows_repeated", self._repeated)
+
+    def _comparable(self, judged: Records) -> NDArray[np.bool_]:
+        """Rows whose view may be compared with others: not those in which a guard explains every channel."""
+        if not self._plan.repeats:
+            return np.zeros(len(judged), bool)
+        every = np.uint64((1 << len(self._plan.channels)) - 1)
+        explained = judged["dead_bits"] | judged["stuck_bits"] | judged["not_finite_bits"]
+        known = (explained & every == every) if every else judged["not_finite_bits"] != 0
+        comparable: NDArray[np.bool_] = (judged["view_width"] > 0) & ~known & np.isfinite(judged["view"]).all(axis=1)
+        return comparable
+
     def _drift_events(self, judged: Records) -> Iterator[Event]:
         if self._moments is None or not len(judged):
             return
@@ -305,7 +366,10 @@ class Monitor:
             start = piece.stop
 
     def _persisting(self, drift: DriftMonitor) -> Event:
-        open_guards = tuple(f"{kind}:{name}" for kind, names in self._guards.statistics().items() for name in names)
+        open_guards = (
+            *(f"{kind}:{name}" for kind, names in self._guards.statistics().items() for name in names),
+            *(kind for kind, senders in self._senders.statistics().items() if senders),
+        )
         blame = drift.blame()
         channels = tuple(sorted(blame, key=lambda name: -blame[name]))
         return DriftPersists(
@@ -314,7 +378,7 @@ class Monitor:
 
     def _odd_rows(self, judged: Records) -> Counter[str]:
         """Rows that were odd, by the names a drift window uses; a whole group has one scale."""
-        counts: Counter[str] = Counter()
+        counts: Counter[str] = Counter(repeated=self._repeated)
         for name in ("not_finite", "out_of_range"):
             counts[name] = int(np.count_nonzero(judged[BITS[name]]))
         for index, channel in enumerate(self._plan.channels):

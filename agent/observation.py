@@ -26,8 +26,9 @@ from agent.contract.errors import MalformedMessage
 from agent.tally import NO_ENGINE, Layout, Outcome
 
 __all__ = [
-    "DEFAULT_SLOTS", "LABEL_WIDTH", "MAX_ROWS", "MAX_SLOTS", "NO_CLASS", "NO_ENGINE", "RECORD", "VIEW_WIDTH",
-    "Layout", "Observation", "Observe", "Outcome", "RingReader", "RingWriter", "create_ring", "label_statistics",
+    "DEFAULT_SLOTS", "LABEL_WIDTH", "MAX_ROWS", "MAX_SLOTS", "NO_CLASS", "NO_ENGINE", "PATCHED", "RECORD",
+    "VIEW_WIDTH", "Layout", "Observation", "Observe", "Outcome", "RingReader", "RingWriter", "create_ring",
+    "label_statistics", "source_of",
 ]  # fmt: skip
 
 VIEW_WIDTH = 64
@@ -61,13 +62,14 @@ RECORD: np.dtype[Any] = np.dtype(
         ("scale_bits", "<u8"),
         ("view_width", "<u2"),
         ("view", "<f4", (VIEW_WIDTH,)),  # zeros beyond view_width
+        ("source", "<u2"),  # see `source_of`; 0 = nobody knows whose it is
     ]
 )
 """What a reader gets. In the ring a record is _FIXED, then label, view and _AFTER as far as there are any."""
 
 _FIXED = struct.Struct("<QqdQQ")  # sequence, arrival, data time, elapsed ns, and what _KIND holds
 _KIND = struct.Struct("<BBBBBBBB")  # service, engine, first engine, outcome, row, label width, view width, after
-_AFTER = struct.Struct("<fHxxQQQQQ")  # queue_us, rows, the five guard bits: only where they say something
+_AFTER = struct.Struct("<fHHQQQQQ")  # queue_us, rows, source, the five guard bits: only where they say something
 _JUDGED_LABEL = 0x80  # the label is (class, confidence, entropy)
 _HEAD: np.dtype[Any] = np.dtype(
     [
@@ -80,10 +82,11 @@ _HEAD_OFFSETS = {name: field[1] for name, field in (_HEAD.fields or {}).items()}
 _COPIED = tuple(name for name in _HEAD.names or () if name in (RECORD.names or ()))
 _AFTERWORDS: np.dtype[Any] = np.dtype(
     [
-        ("queue_us", "<f4"), ("rows", "<u2"), ("unused", "<u2"), ("dead_bits", "<u8"), ("stuck_bits", "<u8"),
+        ("queue_us", "<f4"), ("rows", "<u2"), ("source", "<u2"), ("dead_bits", "<u8"), ("stuck_bits", "<u8"),
         ("range_bits", "<u8"), ("not_finite_bits", "<u8"), ("scale_bits", "<u8"),
     ]
 )  # fmt: skip
+_ROWS_AT = 4  # in _AFTER
 _SLOT_BYTES = _FIXED.size + 4 * (LABEL_WIDTH + VIEW_WIDTH) + _AFTER.size
 
 _HEADER = struct.Struct("<8sIIIII")  # magic, version, slots, slot bytes, services, engines of the tally
@@ -130,6 +133,16 @@ class Observation(NamedTuple):
     view_width: int = 0
     view: bytes = b""
     label: bytes = b""
+    source: int = 0
+
+
+PATCHED = 0x8000
+"""Bit of a source: samples of this row were made up or dropped because of their time."""
+
+
+def source_of(name: str) -> int:
+    """Number of a stream or client, 1 to 0x7FFF; two names share one once in 30,000."""
+    return zlib.crc32(name.encode()) % (PATCHED - 1) + 1
 
 
 Observe = Callable[[int], None]
@@ -206,7 +219,7 @@ class _Ring:
     ) -> None:
         service, engine, _, outcome, row, _, _, after = kind.to_bytes(8, "little")
         if row == 0:  # a request counts once
-            more_rows = sum(max(self._rows(slot, kind), 1) - 1 for slot in slots.tolist()) if after else 0
+            more_rows = int((np.maximum(self._rows(kind)[slots], 1) - 1).sum(dtype=np.int64)) if after else 0
             self.layout.add(numbers, (service, engine, outcome), elapsed_ns, more_rows)
 
     def _column(self, name: str) -> NDArray[np.uint64]:
@@ -214,12 +227,12 @@ class _Ring:
         offset = self._first + _HEAD_OFFSETS[name]
         return np.ndarray(self.slots, "<u8", self._memory, offset=offset, strides=(_SLOT_BYTES,))
 
-    def _rows(self, slot: int, kind: int) -> int:
-        """Of a record that says it: see _AFTER."""
+    def _rows(self, kind: int) -> NDArray[np.uint16]:
+        """`rows` of every slot, as records of this kind say it: see _AFTER."""
         label_width, view_width = kind >> 40 & 0xFF, kind >> 48 & 0xFF
         behind = _FIXED.size + 4 * ((3 if label_width == _JUDGED_LABEL else label_width) + view_width)
-        at = self._first + slot * _SLOT_BYTES + min(behind, _SLOT_BYTES - _AFTER.size)
-        return int(_AFTER.unpack_from(self._bytes, at)[1])
+        at = self._first + min(behind, _SLOT_BYTES - _AFTER.size) + _ROWS_AT
+        return np.ndarray(self.slots, "<u2", self._memory, offset=at, strides=(_SLOT_BYTES,))
 
     def _copy(self, first: int, count: int) -> NDArray[np.uint8]:
         """(count, bytes of a slot)"""
@@ -298,8 +311,8 @@ class RingWriter(_Ring):
             label, width = struct.pack("<fff", one.predicted, one.confidence, one.entropy), _JUDGED_LABEL
         bits = (one.dead_bits, one.stuck_bits, one.range_bits, one.not_finite_bits, one.scale_bits)
         after = b""
-        if one.rows != 1 or one.queue_us or any(bits):
-            after = _AFTER.pack(one.queue_us, one.rows, *bits)
+        if one.rows != 1 or one.queue_us or one.source or any(bits):
+            after = _AFTER.pack(one.queue_us, one.rows, one.source, *bits)
         kind = _KIND.pack(
             one.service, one.engine, one.first_engine, one.outcome, one.row, width, one.view_width, bool(after)
         )
@@ -450,7 +463,16 @@ def _records(slots: NDArray[np.uint8], heads: NDArray[Any]) -> NDArray[np.void]:
     after = np.flatnonzero(heads["after"])
     if len(after):
         words = _afterwords(slots[after], heads[after])
-        for name in ("queue_us", "rows", "dead_bits", "stuck_bits", "range_bits", "not_finite_bits", "scale_bits"):
+        for name in (
+            "queue_us",
+            "rows",
+            "source",
+            "dead_bits",
+            "stuck_bits",
+            "range_bits",
+            "not_finite_bits",
+            "scale_bits",
+        ):
             records[name][after] = words[name]
     return records
 

@@ -119,6 +119,7 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "latency": {engine: _whole(numbers) for engine, numbers in watched["latency"].items()},
         "budget": _whole(watched["budget"]),
         "guards": watched["guards"],
+        "odd_rows": watched["odd_rows"],
         "drift": _whole(watched["drift"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
         "problems": list(blueprint.problems),
@@ -233,8 +234,12 @@ def _service_samples(sources: Sources, blueprint: Blueprint) -> Iterator[Sample]
     for outcome in ("ok", "failed_over", "floor", "refused_by_guard", "overloaded", "deadline", "error"):
         yield Sample("edgewarden_requests_total", counters.get(outcome, 0), {**name, "outcome": outcome})
     yield Sample("edgewarden_rows_total", counters.get("rows", 0), name)
-    for guard in ("dead", "stuck", "scale", "not_finite", "out_of_range"):
+    for guard in ("dead", "stuck", "scale", "not_finite", "out_of_range", "repeated"):
         yield Sample("edgewarden_odd_rows_total", counters.get(f"rows_{guard}", 0), {**name, "guard": guard})
+    for guard, channels in watched["odd_rows"].items():
+        for channel, count in channels.items():
+            labels = {**name, "guard": guard, "channel": channel}
+            yield Sample("edgewarden_odd_channel_rows_total", count, labels)
     for engine, latency in watched["latency"].items():
         yield from latency_samples(blueprint.name, engine, latency)
     if blueprint.monitor.latency_p95_us:

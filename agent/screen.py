@@ -170,7 +170,7 @@ def _latency(service: Document, look: Look) -> str:
 
 
 def _guards(service: Document, look: Look) -> str:
-    raised = [f"{', '.join(channels)} {kind}" for kind, channels in service["guards"].items()]
+    raised = [f"{', '.join(channels) or 'the whole input'} {kind}" for kind, channels in service["guards"].items()]
     return look.paint("; ".join(raised), "yellow") if raised else "quiet"
 
 

@@ -26,7 +26,7 @@ MAX_DEADLINE_MS = 3_600_000.0
 class Request:
     """One decoded request. `outputs`: names asked for, empty = all. `data_time_s`: NaN = not given.
 
-    `client`: who asks, for fair shares of the queue; empty = nobody knows.
+    `client`: who asks, for fair shares of the queue; empty = nobody knows. `source`: see `observation.source_of`.
     """
 
     service: str
@@ -37,6 +37,7 @@ class Request:
     deadline_ms: float | None = None
     data_time_s: float = math.nan
     client: str = ""
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,8 @@ class DriftWindow(Message):
     sums: list[int]
     squares: list[int]
     classes: list[int] = []  # rows per predicted class
-    counters: dict[str, int] = {}  # not_finite, out_of_range, dead:<channel>, stuck:<channel>, scale:<group>, gap
+    counters: dict[str, int] = {}
+    """not_finite, out_of_range, repeated, dead:<channel>, stuck:<channel>, scale:<group>, gap"""
 
 
 class LatencySketch(Message):

@@ -17,6 +17,8 @@ class AlarmKind(StrEnum):
     SCALE = "scale"  # a sensor group changed its unit or gain grossly
     NOT_FINITE = "not_finite"  # NaN or infinity above the tolerated share
     RANGE = "range"  # values outside the allowed range above the tolerated share
+    REPEATED = "repeated"  # inputs repeat bit for bit: a buffer nobody fills
+    RATE = "rate"  # data come at another rate than the model's windows
     DRIFT = "drift"  # the monitor's view left the reference; reports, never switches
     LATENCY = "latency"
     POWER = "power"
@@ -25,7 +27,11 @@ class AlarmKind(StrEnum):
     ENGINE = "engine"  # an engine fails requests
 
 
-BROKEN_INPUT = frozenset({AlarmKind.DEAD, AlarmKind.STUCK, AlarmKind.SCALE, AlarmKind.NOT_FINITE, AlarmKind.RANGE})
+UNNAMED = frozenset({AlarmKind.REPEATED, AlarmKind.RATE})
+"""Faults of the whole input, which name no channel."""
+BROKEN_INPUT = UNNAMED | {
+    AlarmKind.DEAD, AlarmKind.STUCK, AlarmKind.SCALE, AlarmKind.NOT_FINITE, AlarmKind.RANGE
+}  # fmt: skip
 
 
 class Level(StrEnum):

@@ -25,14 +25,30 @@ from typing import Final
 
 from agent.decisions import fallback, health
 from agent.decisions.choice import DEFAULT_MARGIN, Card, Choice, Fault, choose, choose_cheaper, choose_other
-from agent.decisions.events import BROKEN_INPUT, Activate, AlarmKind, Command, Level, Publish, RestartWindows
+from agent.decisions.events import (
+    BROKEN_INPUT,
+    UNNAMED,
+    Activate,
+    AlarmKind,
+    Command,
+    Level,
+    Publish,
+    RestartWindows,
+)
 from agent.decisions.fallback import Limits, Phase, Signal, Stay
 from agent.decisions.health import Condition, Health
 
 PRESSURE: Final = frozenset({AlarmKind.LATENCY, AlarmKind.POWER, AlarmKind.THERMAL, AlarmKind.MEMORY})
 """Alarms a cheaper engine may end."""
-SWITCHING: Final = (BROKEN_INPUT - {AlarmKind.RANGE}) | PRESSURE
+SWITCHING: Final = (BROKEN_INPUT - {AlarmKind.RANGE} - UNNAMED) | PRESSURE
 """Alarms that may switch. Values out of range are clipped or refused by the guard's policy, which is the remedy."""
+
+
+def switching(card: Card) -> frozenset[AlarmKind]:
+    """SWITCHING, and faults of the whole input where the card says what they cost each engine."""
+    return SWITCHING | (UNNAMED & {row.kind for row in card.rows})
+
+
 DEFAULT_SETTLE_S = 15.0
 DEFAULT_SETTLE_REQUESTS = 8  # the longest run a guard judges: a fault still there would have been raised again
 PUBLISHED_AS: Final = dict.fromkeys(BROKEN_INPUT, "sensor") | {

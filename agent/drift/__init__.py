@@ -6,7 +6,7 @@ the reference, no threads. Device and host run the same code; calibration replay
     reference  what is normal here             regimes    has the stream left every known regime?
     stationary has a steady stream changed?    edetector  the bets it makes
     transforms season and lags taken out       models     what a monitor compares with
-    archive    arrays as bytes and back
+    archive    arrays as bytes and back           senders    what repeats, what comes at another rate
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from agent.drift.reference import (
     load_reference,
 )
 from agent.drift.regimes import RegimeMonitor
+from agent.drift.senders import SenderCounters
 from agent.drift.stationary import StationaryMonitor
 from agent.drift.views import channel_features, feature_names
 from agent.drift.windows import FixedPoint, MomentWindow
@@ -43,6 +44,7 @@ __all__ = [
     "Reference",
     "RegimeModel",
     "RegimeMonitor",
+    "SenderCounters",
     "StationaryModel",
     "StationaryMonitor",
     "Witness",

@@ -10,7 +10,8 @@ class Finding:
     """An edge: `raised` begins (or extends) a condition, otherwise it ends.
 
     `kind` is one of the alarm kinds of the decisions, as plain text: dead, stuck, scale, not_finite, range,
-    drift. `channels`: the most suspicious first. `numbers` are the evidence; `text` reads without them.
+    repeated, rate, drift. `channels`: the most suspicious first, none where the whole input is meant.
+    `numbers` are the evidence; `text` reads without them.
     """
 
     kind: str

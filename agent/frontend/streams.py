@@ -37,8 +37,9 @@ from agent.frontend.documents import (
     tensors_response,
 )
 from agent.frontend.server import HttpRequest, HttpResponse, Reply, error_response
+from agent.observation import PATCHED, source_of
 from agent.serving import Answer, Request, Service, Serving
-from agent.streams import Stream, Streams, compile_form
+from agent.streams import Reset, Stream, Streams, compile_form
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_WAITING = 8  # requests of one stream behind the one being answered
@@ -291,7 +292,15 @@ class _Feed(_Job):
             deadline_ms=self._deadline_ms,
             data_time_s=self._taken.time_s(self._at),
             client=self._client,
+            source=self._source(),
         )
+
+    def _source(self) -> int:
+        """Which stream, and whether its time did not fit; samples missing by their count are another matter."""
+        taken = self._taken
+        counted = self._sequence is not None and self._sequence != self._stream.place.sequence
+        odd = taken.made_up or taken.dropped or taken.reset in (Reset.GAP, Reset.CLOCK)
+        return source_of(self._name) | (PATCHED if odd and not counted else 0)
 
     def _accept(self, result: Answer | ServingError) -> bool:
         """Put an answer to the others; False, and all is told, when it is none."""

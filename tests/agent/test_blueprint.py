@@ -86,6 +86,14 @@ def test_single_channels_have_policies_of_their_own(artifacts: dict[str, Path], 
     assert guard.channels[0].not_finite is GuardPolicy.REFUSE  # the configuration is above the manifest
 
 
+def test_repeats_and_rate_are_judged_where_the_manifest_has_a_window(artifacts: dict[str, Path]) -> None:
+    (made,) = draw_up(configure(artifacts))
+    assert (made.monitor.hop_s, made.monitor.repeats) == (64 / 50, True)
+    (made,) = draw_up(configure(artifacts, guard={"repeated": False}))
+    assert not made.monitor.repeats
+    assert not made.policy.switching & {AlarmKind.REPEATED, AlarmKind.RATE}
+
+
 def test_streams_follow_the_manifest_and_the_configuration(artifacts: dict[str, Path]) -> None:
     choice = {"gap_policy": "interpolate", "max_gap_s": 2.0, "max_streams": 7}
     (made,) = draw_up(configure(artifacts, service=choice))

@@ -290,6 +290,65 @@ def test_every_row_of_a_batch_is_judged() -> None:
     assert len(alarms(monitor().observe(records(3, row=np.arange(3), rows=3, stuck_bits=2)))) == 1
 
 
+def moving(count: int, seed: int = 0, **fields: Any) -> np.ndarray:
+    features = np.random.default_rng(seed).normal(size=(count, 4))
+    return viewed(features, np.zeros(count), **fields)
+
+
+def kinds(events: list[Event]) -> list[tuple[AlarmKind, bool]]:
+    return [(one.kind, isinstance(one, AlarmRaised)) for one in alarms(events)]  # type: ignore[union-attr]
+
+
+def test_inputs_that_repeat_raise_an_alarm_of_the_whole_input_and_are_counted() -> None:
+    watched = monitor(repeats=True)
+    assert kinds(watched.observe(moving(50))) == []
+    (alarm,) = alarms(watched.observe(np.repeat(moving(1, seed=1), 20)))
+    assert isinstance(alarm, AlarmRaised)
+    assert (alarm.kind, alarm.level, alarm.channels) == (AlarmKind.REPEATED, Level.BROKEN_INPUT, ())
+    assert alarm.numbers["delay_windows"] == 8.0
+    assert watched.statistics()["guards"] == {"repeated": []}
+    assert watched.statistics()["counters"]["rows_repeated"] == 19
+    again = monitor(repeats=True)
+    again.restore(json.loads(json.dumps(watched.state())))
+    assert kinds(again.announce()) == [(AlarmKind.REPEATED, True)]
+    assert kinds(again.observe(moving(8, seed=2))) == [(AlarmKind.REPEATED, False)]
+
+
+def test_a_table_may_repeat_and_what_a_guard_explains_is_no_repetition() -> None:
+    frozen = np.repeat(moving(1), 50)
+    assert kinds(monitor().observe(frozen)) == []
+    frozen["dead_bits"] = 0b1
+    frozen["not_finite_bits"] = (1 << len(CHANNELS)) - 2
+    found = kinds(monitor(repeats=True).observe(frozen))
+    assert {kind for kind, _ in found} == {AlarmKind.DEAD, AlarmKind.NOT_FINITE}
+
+
+def test_a_frozen_buffer_with_one_dead_channel_is_both() -> None:
+    frozen = np.repeat(moving(1, dead_bits=1), 50)
+    assert {kind for kind, _ in kinds(monitor(repeats=True).observe(frozen))} == {AlarmKind.DEAD, AlarmKind.REPEATED}
+
+
+def test_data_at_another_rate_raise_an_alarm_and_a_batch_of_rows_at_one_time_does_not() -> None:
+    timed = {"data_time_s": 1e9 + np.arange(100) * 0.64, "arrival_ns": np.arange(100)}
+    assert kinds(monitor(hop_s=1.28).observe(records(100, **timed))) == [(AlarmKind.RATE, True)]
+    assert kinds(monitor(hop_s=0.64).observe(records(100, **timed))) == []
+    assert kinds(monitor().observe(records(100, **timed))) == []
+    assert kinds(monitor(hop_s=1.28).observe(records(100, **timed, rows=4))) == []
+
+
+def test_two_clients_in_turn_are_told_apart() -> None:
+    timed = {"data_time_s": 1e9 + np.arange(100) * 0.64, "arrival_ns": np.arange(100)}
+    assert kinds(monitor(hop_s=1.28).observe(records(100, **timed, source=np.arange(100) % 2 + 1))) == []
+
+
+def test_odd_rows_are_counted_by_channel() -> None:
+    watched = monitor()
+    watched.observe(np.concatenate([records(5, range_bits=0b101), records(2, dead_bits=0b1), records(3)]))
+    names = [CHANNELS[0], CHANNELS[2]]
+    odd = {name: counts for name, counts in watched.statistics()["odd_rows"].items() if counts}
+    assert odd == {"out_of_range": dict.fromkeys(names, 5), "dead": {names[0]: 2}}
+
+
 # --- drift -------------------------------------------------------------------------------------------------
 def dead_gx(features: np.ndarray) -> np.ndarray:
     dead = features.copy()

@@ -45,6 +45,7 @@ def test_a_record_arrives_as_it_was_written(fd: int) -> None:
             arrival_ns=-5, data_time_s=12.25, latency_us=800.0, queue_us=3.0, service=1, engine=2, first_engine=0,
             outcome=Outcome.FAILED_OVER, row=4, rows=300, predicted=6, confidence=0.75, entropy=1.5, dead_bits=1,
             stuck_bits=2, range_bits=4, not_finite_bits=8, scale_bits=2**63, view_width=3, view=view.tobytes(),
+            source=0xFFFE,
         )
     )  # fmt: skip
     [record] = RingReader(fd).read()
@@ -52,7 +53,7 @@ def test_a_record_arrives_as_it_was_written(fd: int) -> None:
         "sequence": 0, "arrival_ns": -5, "data_time_s": 12.25, "latency_us": 800.0, "queue_us": 3.0, "service": 1,
         "engine": 2, "first_engine": 0, "outcome": 1, "row": 4, "rows": 300, "predicted": 6, "confidence": 0.75,
         "entropy": 1.5, "dead_bits": 1, "stuck_bits": 2, "range_bits": 4, "not_finite_bits": 8,
-        "scale_bits": 2**63, "view_width": 3,
+        "scale_bits": 2**63, "view_width": 3, "source": 0xFFFE,
     }  # fmt: skip
     assert {name: record[name].item() for name in expected} == expected
     assert record["view"].tolist() == [0.5, 1.5, 2.5] + [0.0] * 61

@@ -29,8 +29,9 @@ from agent.decisions.events import (
     encode,
 )
 from agent.decisions.fallback import Limits
+from agent.decisions.service import switching
 from agent.decisions.supervisor import Supervisor
-from tests.agent.decisions.wrist import ENGINES, GYRO, Story, card, cleared, policy, raised
+from tests.agent.decisions.wrist import DOCUMENT, ENGINES, GYRO, Story, card, cleared, policy, raised, row
 
 DEAD, STUCK, SCALE = AlarmKind.DEAD, AlarmKind.STUCK, AlarmKind.SCALE
 
@@ -203,6 +204,22 @@ def test_values_out_of_range_are_told_and_do_not_switch() -> None:
     story.do(raised(AlarmKind.RANGE, "gx"))
     assert (story.serving, story.steps()) == ("wrist", [])
     assert [one.kind for one in story.published("sensor")] == ["sensor"]
+
+
+@pytest.mark.parametrize("kind", [AlarmKind.REPEATED, AlarmKind.RATE])
+def test_faults_of_the_whole_input_are_told_and_switch_only_where_the_card_has_a_row(kind: AlarmKind) -> None:
+    story = Story().started()
+    story.do(raised(kind))
+    assert (story.serving, story.steps()) == ("wrist", [])
+    assert len(story.published("sensor")) == 1
+    story.do(raised(DEAD, *GYRO))  # which they do not hide
+    assert story.serving == "wrist-accel"
+    story.do(cleared(kind))
+    known = DOCUMENT | {"faults": [*DOCUMENT["faults"], row("other", kind.value, (), 0.4, 0.8, 0.14)]}
+    of_card = policy(card=card(known), switching=switching(card(known)))
+    story = Story(of_card).started()
+    story.do(raised(kind))
+    assert story.serving == "wrist-accel"
 
 
 def test_an_alarm_on_a_fallback_starts_the_quiet_time_anew() -> None:
