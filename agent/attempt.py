@@ -274,6 +274,14 @@ def _labels(labels: Array | None) -> tuple[Array | None, list[list[float]] | Non
         return None, np.stack(label_statistics(flat), axis=1).astype(np.float32).tolist()
 
 
+def observable_labels(labels: Array | None) -> Array | None:
+    """The label output's rows as a record can hold them, (rows, at most LABEL_WIDTH) float32; None: it cannot."""
+    if labels is None or not labels.ndim or not labels.size:
+        return None
+    flat = labels.reshape(len(labels), -1)
+    return np.ascontiguousarray(flat) if flat.dtype == np.float32 and flat.shape[1] <= LABEL_WIDTH else None
+
+
 def _views(result: Result) -> Array | None:
     """Hidden outputs side by side, (rows, at most VIEW_WIDTH) float32; None when the engine has none."""
     if result.seat is None or result.raw is None or not result.seat.plan.views:

@@ -26,6 +26,7 @@ from agent.contract.plan import (
     WindowPlan,
 )
 from agent.decisions.choice import Card, read_card
+from agent.decisions.events import AlarmKind
 from agent.decisions.fallback import Limits
 from agent.decisions.service import ServicePolicy, switching
 from agent.drift import Reference, load_reference
@@ -127,6 +128,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
     channels = tuple(channel.name for channel in guard.channels) if guard else ()
     groups = {channel.name: channel.group for channel in guard.channels} if guard else {}
     view = _watched_view(active, reference)
+    card = _card(artifacts, groups)
     monitor = MonitorPlan(
         service=section.name,
         index=index,
@@ -138,12 +140,13 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         latency_p95_us=config.budget.latency_p95_us or promised(active).latency_p95_us or 0.0,
         hop_s=active.window.hop / active.window.rate_hz if active.window else 0.0,
         repeats=active.window is not None if config.guard.repeated is None else config.guard.repeated,
+        accuracy={one.engine: one.accuracy for one in card.engines if one.accuracy is not None},
     )
     return Blueprint(
         name=section.name,
         artifacts=tuple(artifacts),
         plan=plan,
-        policy=_policy(config, section.name, _card(artifacts, groups), _missing(folders, artifacts)),
+        policy=_policy(config, section.name, card, _missing(folders, artifacts)),
         monitor=monitor,
         reference=reference if view else None,
         problems=tuple(problems),
@@ -323,6 +326,7 @@ def _policy(config: AgentConfig, service: str, card: Card, missing: str) -> Serv
         limits=Limits(fallback.dwell_s, fallback.probation_s, fallback.max_dwell_s),
         failures=fallback.failures,
         of_last=fallback.of_last,
+        switching=switching(card) - (frozenset() if config.drift.switch else {AlarmKind.HARM}),
         missing=missing,
-        switching=switching(card),
+        least_gain=config.drift.least_gain,
     )

@@ -28,7 +28,7 @@ _envelopes = msgspec.msgpack.Decoder(tuple[str, msgspec.Raw])
 _decoders: dict[str, msgspec.msgpack.Decoder[Any]] = {
     kind.__name__: msgspec.msgpack.Decoder(kind)
     for kind in (
-        plan.Start, plan.Serve, plan.Prefer, plan.Drain, plan.Ping,
+        plan.Start, plan.Serve, plan.Prefer, plan.Consult, plan.Drain, plan.Ping,
         plan.Ready, plan.Preferred, plan.EngineTrouble, plan.Pong, plan.Drained,
         plan.Inherited,
     )

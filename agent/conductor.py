@@ -138,6 +138,7 @@ class Conductor:
         self._usable: dict[str, tuple[str, ...]] = {}
         self.loaded: dict[tuple[str, str], EngineLoaded] = {}  # of the newest worker, by service and engine
         self._told_ready = False
+        self._consulted: dict[str, tuple[int, tuple[str, ...]]] = {}  # by service: worker, engines
         self._next_save_s = self._next_reserve_s = 0.0
         self.faults = 0  # of our own, counted by the process's loop
 
@@ -222,6 +223,18 @@ class Conductor:
             for monitor in self._parts.monitors.values():
                 self._handle_all(monitor.observe(part, gaps=gaps, counted=True))
             gaps = 0
+        self._consult()
+
+    def _consult(self) -> None:
+        """Tell the worker whom to ask besides, when that is another one or the worker is."""
+        current = self.generations.current
+        if current is None:
+            return
+        for name, monitor in self._parts.monitors.items():
+            wanted = (current.number, monitor.witnesses)
+            if wanted != self._consulted.get(name, (current.number, ())):
+                self.generations.consult(name, monitor.witnesses)
+            self._consulted[name] = wanted
 
     def tick(self) -> None:
         current = self.generations.current

@@ -171,6 +171,21 @@ class FallbackSection(Section):
     of_last: int = Field(default=20, ge=1, le=10_000, description="See `failures`.")
 
 
+class DriftSection(Section):
+    switch: bool = Field(
+        default=True,
+        description="Switch when a drift does harm: when a fallback with other inputs, which look as ever, keeps "
+        "disagreeing. Without it harm is told and nothing follows. Plain drift never switches.",
+    )
+    least_gain: float = Field(
+        default=0.0,
+        ge=-1,
+        le=1,
+        description="Accuracy such a switch must gain at least, as far as disagreement proves it: `0.3` leaves alone "
+        "most of what a new user or place brings, and misses the milder faults too.",
+    )
+
+
 class BudgetSection(Section):
     latency_p95_us: float = Field(
         default=0.0, ge=0, description="95th percentile of latency; 0 = the artifact's promise."
@@ -299,6 +314,7 @@ class AgentConfig(Section):
     service: list[ServiceSection] = Field(default=[], max_length=32)
     guard: GuardSection = Field(default_factory=GuardSection)
     fallback: FallbackSection = Field(default_factory=FallbackSection)
+    drift: DriftSection = Field(default_factory=DriftSection)
     budget: BudgetSection = Field(default_factory=BudgetSection)
     power: PowerSection = Field(default_factory=PowerSection)
     link: LinkSection = Field(default_factory=LinkSection)

@@ -7,7 +7,7 @@ engine that fails, another order of engines) is left to `attempt`, which answers
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final, Protocol
@@ -48,6 +48,14 @@ class Left(Enum):
 Write = Callable[[bytes], object]
 Serve = Callable[[bytes, int, Write], Left | Ended | None]
 """Answer one request: (the whole message, arrival_ns, where the response goes); None = it is answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """What follows an answer while anything is in `wanted`: (arrival_ns, inputs as they lie in memory)."""
+
+    wanted: Sized = ()
+    call: Callable[[int, Mapping[str, Array]], None] = lambda _arrival_ns, _inputs: None
 
 
 class Wire(Protocol):
@@ -131,7 +139,9 @@ class Express:
         tensors = tuple(Tensor(name, datatypes[name], self._lane.outputs[name]) for name in outputs or datatypes)
         return Answer(tensors, plan.engine, plan.digest, str(plan.version), self._lineup.reason, "")
 
-    def serve(self, request: Request, wire: Wire, watch: Watch, ring: RingWriter, stuck_ns: int) -> Serve | None:
+    def serve(
+        self, request: Request, wire: Wire, watch: Watch, ring: RingWriter, stuck_ns: int, aside: Aside | None = None
+    ) -> Serve | None:
         """What answers such requests; None when their numbers do not fit the memory.
 
         `request`: any of them. In a row: copy in, guard, run, look for NaN, copy out, observe. 5.1 us for the MLP
@@ -152,6 +162,8 @@ class Express:
         allowed_ns, late = run_limit(behind, deadline_ns, rows=1, stuck_ns=stuck_ns)
         record = self._recorder(request, ring)
         now_ns = clock.monotonic_ns
+        aside = aside or Aside()
+        wanted, after, inputs = aside.wanted, aside.call, lane.inputs
 
         def serve(data: bytes, arrival_ns: int, write: Write) -> Left | Ended | None:
             if service.lineup is not lineup:
@@ -175,6 +187,8 @@ class Express:
             write(respond())
             record(arrival_ns)
             service.last_ns = arrival_ns
+            if wanted:
+                after(arrival_ns, inputs)
             return None
 
         return serve

@@ -20,6 +20,7 @@ from agent.channel import Channel
 from agent.clock import monotonic_s
 from agent.contract.errors import EdgewardenError, MalformedMessage, Overloaded
 from agent.contract.plan import (
+    Consult,
     Drain,
     Drained,
     FromWorker,
@@ -130,6 +131,9 @@ class Generation:
 
     def prefer(self, service: str, engine: str, reason: str) -> None:
         self._send(Prefer(service, engine, reason))
+
+    def consult(self, service: str, engines: tuple[str, ...]) -> None:
+        self._send(Consult(service, engines))
 
     def drain(self, *, hand_over: bool = False) -> None:
         """Let it finish what it answers, and exit; `hand_over`: what is idle is left to the next, not closed."""

@@ -117,6 +117,11 @@ class Generations:
         if self._current is not None:
             self._current.prefer(service, engine, reason)
 
+    def consult(self, service: str, engines: tuple[str, ...]) -> None:
+        """Tell whoever serves which engines to ask besides; a worker that comes later asks nobody until told."""
+        if self._current is not None:
+            self._current.consult(service, engines)
+
     def tend(self) -> None:
         for generation in list(self._tasks):
             generation.tend()

@@ -44,6 +44,7 @@ from agent.drift import (
     Finding,
     FixedPoint,
     GuardCounters,
+    HarmMonitor,
     MomentWindow,
     Reference,
     SenderCounters,
@@ -51,9 +52,9 @@ from agent.drift import (
 )
 from agent.drift.counters import HISTORY_ROWS
 from agent.drift.thinning import Allowance, Repetition
-from agent.observation import NO_ENGINE, PATCHED, Outcome
+from agent.observation import NO_CLASS, NO_ENGINE, PATCHED, Outcome
 from agent.sketch import LogSketch
-from agent.tally import ANSWERED, Tally, add_latencies
+from agent.tally import ANSWERED, COUNTED, Tally, add_latencies
 
 Records = NDArray[Any]
 """One-dimensional array of dtype `observation.RECORD`."""
@@ -63,7 +64,8 @@ PERSISTED_ROWS: Final = 64
 section 4: what is open for 64 windows without harm is a lasting change, not a passing one)."""
 DRIFT_ROWS_PER_S: Final = 1000.0
 """Rows the regime monitor follows at most, a twentieth of a core (45 us a row, drift-wrist.md section 6). Above it
-every k-th row is followed and the others are counted as thinned; drift windows still see every row."""
+every k-th row is followed and the others are counted as thinned; drift windows still see every row. Each witness of
+a reference has a model of its own to follow: with three of them a quarter as many rows."""
 DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: eight seconds' worth
 GUARD_ROWS_PER_S: Final = 1000.0
 """Rows with changing guard bits that are followed at most, 2 % of a core (20 us a row). Above it the older ones
@@ -78,7 +80,8 @@ BITS: Final = {
     "out_of_range": "range_bits",
 }
 """GuardCounters' argument -> the record's field."""
-JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED})
+LEVELS: Final = {AlarmKind.DRIFT: Level.DRIFT, AlarmKind.HARM: Level.HARMFUL}
+JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED, Outcome.SHADOW})
 """Outcomes whose input a guard has seen."""
 
 
@@ -86,7 +89,8 @@ JUDGED: Final = tuple(set(Outcome) - {Outcome.OVERLOADED})
 class MonitorPlan:
     """What is watched. `index` and `engines` as in the worker's plan; `channels` in the order of the guard's bits;
     `groups`: channel -> sensor group; `classes`: number of labels; `latency_p95_us`: 0 = no budget; `hop_s`: from one
-    window to the next, 0 = not known; `repeats`: whether inputs that repeat are a fault.
+    window to the next, 0 = not known; `repeats`: whether inputs that repeat are a fault; `accuracy`: of engines on
+    clean input, where the card says it.
     """
 
     service: str
@@ -99,6 +103,7 @@ class MonitorPlan:
     latency_p95_us: float = 0.0
     hop_s: float = 0.0
     repeats: bool = False
+    accuracy: Mapping[str, float] = field(default_factory=dict)
 
 
 class Monitor:
@@ -116,7 +121,9 @@ class Monitor:
         self._drift = drift_monitor(reference) if reference else None
         self._digest = reference.digest() if reference else ""
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
-        self._drift_rows = Allowance(DRIFT_ROWS_PER_S, DRIFT_ROWS_AT_ONCE)
+        witnesses = reference.witnesses if reference and self._drift else ()
+        self._harm = HarmMonitor(reference, plan.accuracy) if reference and witnesses else None
+        self._drift_rows = Allowance(DRIFT_ROWS_PER_S / (1 + len(witnesses)), DRIFT_ROWS_AT_ONCE)
         self._totals: Counter[str] = Counter()
         self._odd: Counter[tuple[str, str]] = Counter()  # rows by guard and channel
         self._lifetime = {engine: LogSketch() for engine in plan.engines}
@@ -136,8 +143,11 @@ class Monitor:
         """
         self._count("gaps", gaps)
         records = records[records["service"] == self._plan.index]
+        shadows = records[records["outcome"] == Outcome.SHADOW]
+        if len(shadows):
+            records = records[records["outcome"] != Outcome.SHADOW]
         if not len(records):
-            return []
+            return list(self._harm_events(shadows))
         requests = records[records["row"] == 0]
         if not counted:
             self._count_requests(requests)
@@ -149,6 +159,7 @@ class Monitor:
             *self._guard_events(judged),
             *self._sender_events(judged),
             *self._drift_events(judged),
+            *self._harm_events(shadows),
         ]
 
     def restart_windows(self, engine: str) -> None:
@@ -170,7 +181,17 @@ class Monitor:
         if self._drift and self._drift.raised:
             text = f"the input has drifted from its reference, as before {since}"
             events.append(self._alarm(Finding("drift", raised=True, channels=self._drift.named(), text=text)))
+        if self._harm and self._harm.harmful:
+            text = f"the drift does harm, says {self._harm.harmful}, as before {since}"
+            events.append(self._alarm(Finding("harm", raised=True, engine=self._harm.harmful, text=text)))
         return events
+
+    @property
+    def witnesses(self) -> tuple[str, ...]:
+        """Engines to be asked about the requests that come now, besides the one that answers them."""
+        if self._harm is None or self._serving != self._plan.engines[0]:
+            return ()  # a reference is that of the first engine: of others nothing is known to compare with
+        return tuple(engine for engine in self._harm.wanted if engine in self._plan.engines)
 
     # --- what others read ---
     def take_window(self) -> dict[str, Any]:
@@ -182,7 +203,7 @@ class Monitor:
     def statistics(self) -> dict[str, Any]:
         """Since the start: `counters`; per engine `latency` (count, total_us, p50_us, p95_us, p99_us; None = no
         request yet); `budget`, `guards` (kind -> channels, none = the whole input), `odd_rows` (guard -> channel ->
-        rows) and `drift`, empty when not watched.
+        rows), `drift` and `harm`, empty when not watched.
         """
         return {
             "counters": dict(self._totals),
@@ -195,20 +216,26 @@ class Monitor:
                 for name in BITS
             },
             "drift": self._drift.statistics() if self._drift else {},
+            "harm": self._harm.statistics() if self._harm else {},
         }
 
     def state(self) -> dict[str, Any]:
         """What a restart needs, as JSON."""
-        drift = self._drift.state() if self._drift else None
-        return {"guards": self._guards.state(), "senders": self._senders.state(), "drift": drift}
+        return {
+            "guards": self._guards.state(),
+            "senders": self._senders.state(),
+            "drift": self._drift.state() if self._drift else None,
+            "harm": self._harm.state() if self._harm else None,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken; parts that belong to other channels or another reference start anew."""
         if self._guards.restore(state.get("guards") or {}):
             self._repetition.forget()
         self._senders.restore(state.get("senders") or {})
-        if self._drift and state.get("drift"):
-            self._drift.restore(state["drift"])
+        same = self._drift is not None and bool(state.get("drift")) and self._drift.restore(state["drift"])
+        if same and self._harm and state.get("harm"):
+            self._harm.restore(state["harm"])
 
     # --- counting ---
     def _start_window(self) -> None:
@@ -226,7 +253,7 @@ class Monitor:
         by_outcome = tally.by_outcome()
         self._count("requests", sum(by_outcome))
         self._count("rows", tally.rows)
-        for outcome in Outcome:
+        for outcome in COUNTED:
             self._count(OUTCOME_COUNTERS[outcome], by_outcome[outcome])
         for number, cell in tally.answered().items():
             if number < len(self._plan.engines):
@@ -357,13 +384,42 @@ class Monitor:
         start = 0
         while start < len(rows):
             before = drift.raised_rows
-            # in pieces that end where a finding has lasted, so that what is said of it then is of that moment
-            piece = slice(start, start + (PERSISTED_ROWS - before if before < PERSISTED_ROWS else PERSISTED_ROWS))
+            # in pieces that end where a finding has lasted, so that what is said of it then is of that moment; row by
+            # row where harm is judged, which looks at every row's evidence
+            most = PERSISTED_ROWS - before if before < PERSISTED_ROWS else PERSISTED_ROWS
+            piece = slice(start, start + (1 if self._harm else most))
             found = drift.follow(features[piece], rows["predicted"][piece], rows["data_time_s"][piece])
             yield from (self._alarm(finding) for _, finding in found)
+            if self._harm:
+                yield from self._follow_harm(self._harm, drift, features[start], rows[start])
             if not found and before < PERSISTED_ROWS <= drift.raised_rows:  # a row may not count
                 yield self._persisting(drift)
             start = piece.stop
+
+    def _follow_harm(
+        self, harm: HarmMonitor, drift: DriftMonitor, features: NDArray[Any], row: Any
+    ) -> Iterator[Event]:
+        # what another engine says is no evidence against the first one
+        predicted = int(row["predicted"]) if row["engine"] == 0 else NO_CLASS
+        key = (int(row["arrival_ns"]), int(row["row"]))
+        ended = harm.follow(features, predicted, key, evidence=drift.evidence(), drifts=drift.raised)
+        if ended:
+            yield self._alarm(ended)
+
+    def _harm_events(self, shadows: Records) -> Iterator[Event]:
+        """What witnesses said of rows that were followed."""
+        self._count("rows_witnessed", len(shadows))
+        if self._harm is None or not len(shadows):
+            return
+        told: dict[tuple[int, int], dict[str, int]] = {}
+        columns = ("arrival_ns", "row", "engine", "predicted")
+        for arrival_ns, row, engine, predicted in zip(*(shadows[name].tolist() for name in columns), strict=True):
+            if engine < len(self._plan.engines) and predicted != NO_CLASS:
+                told.setdefault((arrival_ns, row), {})[self._plan.engines[engine]] = predicted
+        for key, said in told.items():
+            finding = self._harm.hear(key, said)
+            if finding:
+                yield self._alarm(finding)
 
     def _persisting(self, drift: DriftMonitor) -> Event:
         open_guards = (
@@ -398,8 +454,10 @@ class Monitor:
         numbers = {name: float(value) for name, value in finding.numbers.items()}
         if "rows_since_change" in numbers:  # from the first odd row to the alarm, both counted
             numbers["delay_windows"] = numbers["rows_since_change"]
-        level = Level.BROKEN_INPUT if kind in BROKEN_INPUT else Level.DRIFT
-        return AlarmRaised(service, kind, level, finding.channels, text=finding.text, numbers=numbers)
+        level = Level.BROKEN_INPUT if kind in BROKEN_INPUT else LEVELS[kind]
+        return AlarmRaised(
+            service, kind, level, finding.channels, text=finding.text, numbers=numbers, better=finding.engine
+        )
 
     # --- telemetry ---
     def _latency_fields(self) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from agent.engine import leading_rows
 from agent.guard import Guard
 from agent.lineup import Lineup
 from agent.observation import RingWriter
-from agent.tally import ANSWERED, MORE_ROWS, TOTAL_NS, Outcome, Tally
+from agent.tally import ANSWERED, COUNTED, MORE_ROWS, TOTAL_NS, Tally
 
 MAX_BATCH_ROWS = 4096
 MAX_DEADLINE_MS = 3_600_000.0
@@ -60,7 +60,7 @@ class Counters:
     rows: int = 0  # of answered requests
     answered: int = 0
     failed: int = 0
-    by_outcome: tuple[int, ...] = (0,) * len(Outcome)
+    by_outcome: tuple[int, ...] = (0,) * len(COUNTED)
     queue_us: float = 0.0
     latency_us: float = 0.0  # of answered requests
     last_wall_s: float = 0.0

@@ -6,11 +6,12 @@ queue, so that probes stay answered.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import queue
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from agent import clock
@@ -18,11 +19,14 @@ from agent.admission import Judgement, retry_after_s
 from agent.attempt import Attempt, Ended, Result, Trouble, first_engine, observe
 from agent.contract.errors import EngineFailed, Overloaded, ServingError, UnknownModel
 from agent.contract.plan import EngineTrouble
-from agent.express import Express, Serve, Wire
+from agent.contract.tensors import Array
+from agent.express import Aside, Express, Serve, Wire
 from agent.handback import Handback
-from agent.lineup import INLINE_US
+from agent.lineup import INLINE_US, Seat
 from agent.observation import NO_ENGINE, Outcome, RingWriter
 from agent.service import MAX_BATCH_ROWS, Answer, Request, Service
+from agent.shadow import PAUSE_S, Question, Said, Shadow
+from agent.tally import COUNTED
 from agent.watchdog import UNSTOPPABLE_S, Watch, Watchdog
 
 __all__ = ["MAX_BATCH_ROWS", "Answer", "Done", "Request", "Service", "Serving"]
@@ -65,6 +69,9 @@ class Serving:
         self._inline_us = inline_us
         self._unrecorded = 0
         self._express: dict[str, Express | None] = {}
+        self._known_shadows: dict[str, Shadow] = {}
+        self._shadows: dict[str, Shadow] = {}  # those that ask somebody now
+        self._shadow_timers: set[asyncio.TimerHandle] = set()
 
     def service(self, name: str) -> Service:
         """Raises: UnknownModel: no service has this name."""
@@ -126,7 +133,8 @@ class Serving:
         found = None if known is None else wire(known)
         if known is None or found is None:
             return None
-        return known.serve(request, found, self._watch, self._ring, self._stuck_ns)
+        aside = Aside(self._shadows, lambda arrival_ns, inputs: self._consult_quick(service, arrival_ns, inputs))
+        return known.serve(request, found, self._watch, self._ring, self._stuck_ns, aside)
 
     def prefer(self, service_name: str, engine: str, reason: str) -> None:
         """Let `engine` answer first from the next request on.
@@ -136,6 +144,21 @@ class Serving:
         """
         service = self.service(service_name)
         service.lineup = service.lineup.prefer(engine, active=service.plan.active, reason=reason)
+
+    def consult(self, service_name: str, engines: Sequence[str]) -> None:
+        """Ask these engines too, from the next request on, after each answer; those not usable are left out.
+
+        Raises:
+            UnknownModel: no such service.
+        """
+        service = self.service(service_name)
+        seats = sorted((one for one in service.lineup.seats if one.plan.engine in engines), key=lambda one: one.index)
+        shadow = self._known_shadows.setdefault(service_name, Shadow(service))
+        shadow.seats = tuple(seats)
+        if seats:
+            self._shadows[service_name] = shadow
+        else:
+            self._shadows.pop(service_name, None)
 
     def take_troubles(self) -> list[EngineTrouble]:
         """Failed runs since the last call, one entry per service, engine and code."""
@@ -152,14 +175,17 @@ class Serving:
             "errors": sum(c.failed for c in every),
             "observations": self._ring.written,
             "unrecorded": self._unrecorded,
+            "unwitnessed": sum(shadow.failed for shadow in self._known_shadows.values()),
         }
-        for outcome in Outcome:
+        for outcome in COUNTED:
             numbers[outcome.name.lower()] = sum(c.by_outcome[outcome] for c in every)
         queues = [service.admission.statistics() for service in self.services.values()]
         return numbers | {name: sum(queue[name] for queue in queues) for name in queues[0]} if queues else numbers
 
     def close(self) -> None:
         """End the threads; queued requests are dropped."""
+        for timer in self._shadow_timers:
+            timer.cancel()
         for runner in self._runners.values():
             runner.close()
         if self._handback is not None:
@@ -186,6 +212,50 @@ class Serving:
         except _UNRECORDABLE:  # the request has its answer; raising would only give it a second one
             self._unrecorded += 1
             observe(self._ring, service, request, replace(result, raw=None), rows, elapsed_ns)  # it counts
+        if self._shadows and result.seat is not None:
+            self._consult_after(service, request, result.seat, self._seen(service, request, result), rows)
+
+    # --- witnesses ------------------------------------------------------------------------------------------
+    def _seen(self, service: Service, request: Request, result: Result) -> Mapping[str, Array]:
+        """What the engine got: the guard may have repaired it."""
+        if service.guard is None or result.verdict is None:
+            return request.inputs
+        return {**request.inputs, service.guard.plan.input: result.verdict.x}
+
+    def _consult_quick(self, service: Service, arrival_ns: int, inputs: Mapping[str, Array]) -> None:
+        """Of the short way: its inputs are in memory that the next request writes to."""
+        shadow, seat = self._shadows.get(service.plan.service), service.lineup.seats[0]
+        if shadow is None or not shadow.admit(arrival_ns, 1):
+            return
+        copies = {name: array.copy() for name, array in inputs.items()}
+        self._later(shadow, Question(arrival_ns, math.nan, copies, 1, seat.index))
+
+    def _consult_after(
+        self, service: Service, request: Request, seat: Seat, inputs: Mapping[str, Array], rows: int
+    ) -> None:
+        name = service.plan.service
+        shadow, inline = self._shadows.get(name), rows * service.slowest_us < self._inline_us
+        if shadow is None or (not inline and service.admission.statistics()["waiting"]):
+            return
+        if not shadow.admit(request.arrival_ns, rows):
+            return
+        question = Question(request.arrival_ns, request.data_time_s, inputs, rows, seat.index)
+        if inline:
+            self._later(shadow, question)
+        elif name in self._runners:
+            self._runners[name].consult(shadow, question, lambda said: shadow.record(question, said, self._ring))
+
+    def _later(self, shadow: Shadow, question: Question) -> None:
+        def run() -> None:
+            self._shadow_timers.discard(timer)
+            said: list[Said] = []
+            try:
+                said = shadow.ask(question, self._watch, self._stuck_ns)
+            finally:
+                shadow.record(question, said, self._ring)
+
+        timer = asyncio.get_running_loop().call_later(PAUSE_S, run)
+        self._shadow_timers.add(timer)  # one of each service at most
 
     def _note(self, service: Service, trouble: Trouble) -> None:
         key = (service.plan.service, trouble.seat.plan.engine, trouble.code)
@@ -204,12 +274,31 @@ class _Runner:
         self._handback = handback
         self._closing = False
         # bounded by the plan's queue_limit, which `_refusal` keeps
-        self._queue: queue.SimpleQueue[tuple[Request, int, Callable[[Result], None]] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"run-{service.plan.service}", daemon=True)
         self._thread.start()
 
     def put(self, request: Request, rows: int, done: Callable[[Result], None]) -> None:
-        self._queue.put((request, rows, done))
+        def run() -> None:
+            try:
+                result = Attempt(self._service, request, rows, self._watch, self._stuck_ns).run()
+            except Exception as error:  # noqa: BLE001 - told as a bug; the thread is all that answers its service
+                self._handback.give(_tell, error)
+                result = Result(Outcome.ERROR, EngineFailed("internal error"), first=NO_ENGINE)
+            self._handback.give(done, result)
+
+        self._queue.put(run)
+
+    def consult(self, shadow: Shadow, question: Question, done: Callable[[list[Said]], None]) -> None:
+        def run() -> None:
+            said: list[Said] = []
+            try:
+                said = shadow.ask(question, self._watch, self._stuck_ns)
+            except Exception as error:  # noqa: BLE001 - told as a bug, as above
+                self._handback.give(_tell, error)
+            self._handback.give(done, said)
+
+        self._queue.put(run)
 
     def close(self) -> None:
         self._closing = True
@@ -219,13 +308,7 @@ class _Runner:
 
     def _work(self) -> None:
         while (job := self._queue.get()) is not None and not self._closing:
-            request, rows, done = job
-            try:
-                result = Attempt(self._service, request, rows, self._watch, self._stuck_ns).run()
-            except Exception as error:  # noqa: BLE001 - told as a bug; the thread is all that answers its service
-                self._handback.give(_tell, error)
-                result = Result(Outcome.ERROR, EngineFailed("internal error"), first=NO_ENGINE)
-            self._handback.give(done, result)
+            job()
 
 
 def _tell(error: Exception) -> None:

@@ -30,8 +30,11 @@ class Outcome(IntEnum):
     OVERLOADED = 4
     DEADLINE = 5
     ERROR = 6  # no engine could answer, or only a floor that is configured to refuse
+    SHADOW = 7  # no request: what a witness says of one that was answered before
 
 
+COUNTED = tuple(outcome for outcome in Outcome if outcome is not Outcome.SHADOW)
+"""What becomes of requests, in the order of their numbers, which are 0 to the last."""
 ANSWERED = (Outcome.OK, Outcome.FAILED_OVER, Outcome.FLOOR)
 TOTAL_NS = BUCKETS  # of all latencies of a cell
 MORE_ROWS = BUCKETS + 1  # rows beyond the first of each request
@@ -48,7 +51,7 @@ class Layout:
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """(services, engines and one row for none, outcomes, numbers of a cell)"""
-        return self.services, self.engines + 1, len(Outcome), CELL
+        return self.services, self.engines + 1, len(COUNTED), CELL
 
     @property
     def size_bytes(self) -> int:
@@ -60,12 +63,12 @@ class Layout:
         """Count requests of one kind (service, engine, outcome) into `numbers`, an array of `shape`.
 
         `more_rows`: beyond the first of each, of all together. Requests to a service without a place are left out; an
-        engine without one counts as none.
+        engine without one counts as none. What witnesses say is no request and is left out too.
         """
         service, engine, outcome = kind
-        if service >= self.services:
+        if service >= self.services or outcome >= len(COUNTED):
             return
-        cell = numbers[service, min(engine, self.engines), min(outcome, len(Outcome) - 1)]
+        cell = numbers[service, min(engine, self.engines), outcome]
         buckets = np.ceil(np.log(np.maximum(elapsed_ns * 1e-3, LOWEST_US)) * BUCKETS_PER_E).astype(np.intp)
         cell[:BUCKETS] += np.bincount(np.minimum(buckets, BUCKETS - 1), minlength=BUCKETS)
         cell[TOTAL_NS] += int(elapsed_ns.sum())
@@ -80,7 +83,7 @@ class Tally:
     engines: Sequence[int]
 
     def by_outcome(self) -> list[int]:
-        """Requests by outcome, in the order of Outcome."""
+        """Requests by outcome, in the order of COUNTED."""
         counts: list[int] = self.numbers[:, :, :BUCKETS].sum(axis=(0, 2)).tolist()
         return counts
 

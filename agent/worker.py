@@ -31,6 +31,7 @@ from agent import clock
 from agent.channel import Channel
 from agent.contract.errors import ContractError, EdgewardenError, Overloaded, ServingError
 from agent.contract.plan import (
+    Consult,
     Drain,
     Drained,
     EngineLoaded,
@@ -109,6 +110,8 @@ class Worker:
                         self._serve()
                     case Prefer():
                         self._prefer(frame)
+                    case Consult():
+                        self._consult(frame)
                     case Ping(nonce=nonce):
                         self._send(Pong(nonce, self.statistics()))
                     case Drain():
@@ -240,6 +243,12 @@ class Worker:
             self._send(EngineTrouble(frame.service, frame.engine, error.code, str(error), 1))
         else:
             self._send(Preferred(frame.service, frame.engine))
+
+    def _consult(self, frame: Consult) -> None:
+        if self._serving is None:
+            raise ContractError("a worker was told whom to ask before it was started")
+        with contextlib.suppress(ServingError):  # it may know another lineup than who asks
+            self._serving.consult(frame.service, frame.engines)
 
     async def _drain(self, order: Drain) -> None:
         for taker in self._takers.values():

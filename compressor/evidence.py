@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift.reference import dump_reference
+from agent.drift.views import CHANNEL_FEATURES
 from compressor.assess import Bench, golden_rows
 from compressor.cache import stage_key
 from compressor.candidate import Variant
@@ -22,6 +23,7 @@ from compressor.files import dump_arrays
 from compressor.reference import (
     ViewNames,
     ViewRows,
+    WitnessRows,
     build_reference,
     channel_view_names,
     guard_statistics,
@@ -74,30 +76,35 @@ def class_prior(task: Task, data: TaskData) -> list[float]:
     return [round(float(share), 6) for share in counts / counts.sum()]
 
 
-def watch(bench: Bench, variant: Variant, *, detection_runs: int) -> Watch:
+def watch(
+    bench: Bench, variant: Variant, *, detection_runs: int, witnesses: Mapping[str, Variant] | None = None
+) -> Watch:
     """The reference of one variant: made of the calibrate role, its claim measured on the select role.
 
     Not on the stream: what a claim is held against later must not be what it was measured on. Detectability needs
     more rows and more recordings than select has, and is measured on the stream.
 
-    detection_runs: 0 = no detectability card (a fallback is judged by the active model's).
+    detection_runs: 0 = no detectability card (a fallback is judged by the active model's). witnesses: by artifact
+    name, the variants that may tell whether a drift does harm: those that read other series than this one.
     """
+    told = {name: one for name, one in (witnesses or {}).items() if one.model.channels != variant.model.channels}
     sources = ("evidence.py", "reference.py", "corruptions.py", "task.py")
     inputs = {
         "model": variant.sha256, "task": bench.task_sha256, "data": bench.data.sha256,
         "settings": bench.recipe.data, "runs": detection_runs,
+        "witnesses": {name: one.sha256 for name, one in told.items()},
     }  # fmt: skip
     key = stage_key("reference", inputs, sources=sources)
     if kept := bench.cache.get(key):
         card = json.loads(kept["card.json"])
         return Watch(kept["reference.npz"], card["claim"], tuple(card["detectability"]))
-    made = _watch(bench, variant, detection_runs)
+    made = _watch(bench, variant, detection_runs, told)
     card = {"claim": made.claim, "detectability": made.detectability}
     bench.cache.put(key, {"reference.npz": made.reference, "card.json": json.dumps(card).encode()})
     return made
 
 
-def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
+def _watch(bench: Bench, variant: Variant, detection_runs: int, witnesses: Mapping[str, Variant]) -> Watch:
     engine, task = bench.engine(variant), bench.task
     names = view_names(task)
     calibrate, select, stream = (bench.data.role(role) for role in (Role.CALIBRATE, Role.SELECT, Role.STREAM))
@@ -105,7 +112,17 @@ def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
         _view_rows(ask(engine, task.input_name, rows.windows), rows) for rows in (calibrate, select, stream)
     )
     guard = guard_statistics(calibrate.windows, names.channels, names.groups)
-    reference = build_reference(seen, names, guard=guard, held_out=held_out, held_out_name="windows of role select")
+    said = [
+        WitnessRows(
+            name,
+            columns_of(task, one.model.channels),
+            ask(bench.engine(one), task.input_name, calibrate.windows).predicted,
+        )
+        for name, one in witnesses.items()
+    ]
+    reference = build_reference(
+        seen, names, guard=guard, held_out=held_out, held_out_name="windows of role select", witnesses=said
+    )
     lines: tuple[dict[str, Any], ...] = ()
     if detection_runs:
         faulty = {
@@ -118,9 +135,16 @@ def _watch(bench: Bench, variant: Variant, detection_runs: int) -> Watch:
     return Watch(dump_reference(reference), asdict(reference.claim), lines)
 
 
+def columns_of(task: Task, series: Sequence[str]) -> tuple[int, ...]:
+    """The features of the view that are made of these series; of all channels without any."""
+    each = len(CHANNEL_FEATURES)
+    return tuple(each * at + number for at in task.positions(series) for number in range(each))
+
+
 def view_names(task: Task) -> ViewNames:
     channels = tuple(channel.name for channel in task.channels)
-    return channel_view_names(channels, {channel.name: channel.group for channel in task.channels}, task.labels)
+    groups = {channel.name: channel.group for channel in task.channels}
+    return channel_view_names(channels, groups, task.labels, tuple(one.name for one in task.combinations))
 
 
 def _view_rows(answers: Answers, rows: Rows) -> ViewRows:

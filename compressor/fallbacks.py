@@ -154,7 +154,7 @@ def _content(
             reason="shipped with the agent, for when nothing better is installed",
         ),
         precision=variant.precision if variant else "constant",
-        reads=variant.model.channels if variant else (),
+        reads=bench.task.channels_behind(variant.model.channels) if variant else (),
         model=variant.onnx if variant else None,
         reference=watch.reference if watch else None,
         golden=evidence.golden(bench, variant) if variant else None,

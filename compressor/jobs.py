@@ -227,17 +227,17 @@ def _exported(job: Job, task: Task, data: TaskData, weights: bytes, precision: s
     train.prepare_torch()
     arrays = load_arrays(weights, where=f"weights of {job.model.name}")
     network = train.restore(task, job.model, arrays)
-    reads = task.indices(job.model.channels) or tuple(range(len(task.channels)))
+    reads = task.positions(job.model.channels)
     mean, sd = (torch.from_numpy(np.asarray(arrays[name], np.float32)) for name in ("mean", "sd"))
     folded = fold(network)
-    served = export.Served(folded, reads=reads, mean=mean, sd=sd)
+    served = export.Served(folded, reads=reads, mean=mean, sd=sd, combinations=task.combinations)
     scales: dict[str, Scale] = {}
     calibrate = data.role(Role.CALIBRATE)
     if precision == "int8":
         lowered, scales = quantize_static.quantize_static(
             folded, served, calibrate, calibrator=job.recipe.quantise.calibrator
         )
-        served = export.Served(lowered, reads=reads, mean=mean, sd=sd)
+        served = export.Served(lowered, reads=reads, mean=mean, sd=sd, combinations=task.combinations)
     with torch.no_grad():
         probability = served(torch.from_numpy(calibrate.windows[:PARITY_ROWS]))[0].numpy()
     shape = (task.window.length, len(task.channels))

@@ -254,7 +254,10 @@ def _ship(run: _Run, device: DeviceClassTable) -> Shipped:
     table = evidence.table(bench, columns, active=service, clean=accuracy[service])
     accuracy[floor] = columns[floor][0]
     new = regenerate.on_reference(run.regeneration, device.name, engines) if run.regeneration else {}
-    watch = evidence.watch(bench, lineup.active.variant, detection_runs=bench.recipe.faults.detection_runs)
+    watch = evidence.watch(
+        bench, lineup.active.variant, detection_runs=bench.recipe.faults.detection_runs,
+        witnesses={name: one.variant for name, one in lineup.fallbacks.items()},
+    )  # fmt: skip
     return Shipped(device, lineup, table, accuracy, new, service, watch)
 
 

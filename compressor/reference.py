@@ -16,7 +16,7 @@ dependent stream.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -24,9 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift import DriftMonitor, Finding, drift_monitor
-from agent.drift.models import RegimeModel
+from agent.drift.models import RegimeModel, Witness, channels_of
 from agent.drift.reference import Claim, Detectability, GuardStatistics, Reference
 from agent.drift.regimes import NAMING_ROWS, ClassResidual, RegimeDistance
+from agent.drift.views import CHANNEL_FEATURES, feature_names
 from compressor.errors import ReferenceRefused
 
 FOLDS: Final = 3
@@ -80,13 +81,26 @@ class ViewNames:
     labels: tuple[str, ...]
 
 
-def channel_view_names(channels: tuple[str, ...], groups: dict[str, str], labels: tuple[str, ...]) -> ViewNames:
-    """Names of the `channels` view: four features a channel, as `agent.drift.channel_features` orders them."""
-    from agent.drift.views import CHANNEL_FEATURES, feature_names
+@dataclass(frozen=True, slots=True, eq=False)
+class WitnessRows:
+    """What another engine, with other inputs, says of the same rows. columns: the view's features that are made of
+    its inputs alone; predicted: (rows,) class numbers.
+    """
 
-    per_channel = len(CHANNEL_FEATURES)
-    channel_of = tuple(index // per_channel for index in range(per_channel * len(channels)))
-    return ViewNames(feature_names(channels), channels, channel_of, groups, labels)
+    engine: str
+    columns: tuple[int, ...]
+    predicted: NDArray[np.int64]
+
+
+def channel_view_names(
+    channels: tuple[str, ...], groups: dict[str, str], labels: tuple[str, ...], combinations: tuple[str, ...] = ()
+) -> ViewNames:
+    """Names of the `channels` view: four features of each channel, then of each combination of channels, as
+    `agent.drift.window_features` orders them. What is made of several channels belongs to none (-1).
+    """
+    each = len(CHANNEL_FEATURES)
+    channel_of = tuple(index // each for index in range(each * len(channels))) + (-1,) * each * len(combinations)
+    return ViewNames(feature_names((*channels, *combinations)), channels, channel_of, groups, labels)
 
 
 def guard_statistics(windows: NDArray[Any], channels: tuple[str, ...], groups: Mapping[str, str]) -> GuardStatistics:
@@ -95,7 +109,7 @@ def guard_statistics(windows: NDArray[Any], channels: tuple[str, ...], groups: M
     rms = {}
     for group in dict.fromkeys(groups[channel] for channel in channels):
         members = [index for index, channel in enumerate(channels) if groups[channel] == group]
-        per_window = np.sqrt((x[:, :, members] ** 2).sum(axis=2).mean(axis=1))
+        per_window = np.sqrt((x[:, :, members] ** 2).mean(axis=(1, 2)))  # as the guard: over time and channels
         rms[group] = (float(per_window.min()), float(per_window.max()))
     low, high, mean = x.min(axis=(0, 1)), x.max(axis=(0, 1)), x.mean(axis=(0, 1))
     return GuardStatistics(
@@ -107,24 +121,18 @@ def guard_statistics(windows: NDArray[Any], channels: tuple[str, ...], groups: M
 
 def build_reference(
     rows: ViewRows, names: ViewNames, *, guard: GuardStatistics, held_out: ViewRows, multiple: float = MULTIPLE,
-    held_out_name: str = "held-out windows",
+    held_out_name: str = "held-out windows", witnesses: Sequence[WitnessRows] = (),
 ) -> Reference:  # fmt: skip
-    """A calibrated reference with its claim.
+    """A calibrated reference with its claim. The stream itself is watched in the features that belong to a channel.
 
-    rows: the reference role. held_out: consecutive rows of known recordings that no other argument comes
-    from; only the claim is measured on them, and calls them `held_out_name`.
+    rows: the reference role, which none of the models was trained on. held_out: consecutive rows of known recordings
+    that no other argument comes from; only the claim is measured on them, and calls them `held_out_name`.
 
     Raises:
         ReferenceRefused: too few rows for the number of features, or rows that never differ.
     """
-    _refuse_thin(rows)
     channel_of = np.array(names.channel_of, dtype=np.int16)
-    means, covariance = _regimes(rows)
-    class_means, class_covariance = _classes(rows, len(names.labels))
-    allowance, largest = _replay(rows, channel_of)
-    if largest <= 0:
-        raise ReferenceRefused("the replay of the reference never rose", hint="Are all its rows the same?")
-    threshold = round(multiple * largest, 4)
+    labels = len(names.labels)
     draft = Reference(
         features=names.features,
         channels=names.channels,
@@ -133,21 +141,18 @@ def build_reference(
         channel_of=channel_of,
         centre=_single(rows.features.mean(axis=0)),
         scale=_single(np.maximum(rows.features.std(axis=0), 1e-6)),
-        class_share=_single(np.bincount(rows.predicted, minlength=len(names.labels)) / len(rows)),
+        class_share=_single(np.bincount(rows.predicted, minlength=labels) / len(rows)),
         rows=len(rows),
         guard=guard,
         claim=Claim(0, 0, 0, 0, 0, CONFIDENCE, "nothing is claimed"),
-        regimes=RegimeModel(
-            columns=np.arange(len(names.features), dtype=np.int16),
-            regime_means=_single(means),
-            covariance=_single(covariance),
-            class_means=_single(class_means),
-            class_covariance=_single(class_covariance),
-            naming_scale=_single(_naming_scale(rows, class_means, class_covariance, channel_of)),
-            allowance=_single(allowance),
-            threshold=threshold,
-            # however wild, one row or two are not drift
-            score_cap=min(SCORE_CAP, float(allowance.min()) + threshold / FEWEST_ROWS),
+        regimes=_regime_model(rows, np.flatnonzero(channel_of >= 0), channel_of, labels, multiple),
+        witnesses=tuple(
+            Witness(
+                one.engine,
+                _regime_model(rows, np.array(one.columns), channel_of, labels, multiple),
+                _single(_disagreement(rows.predicted, one.predicted, labels)),
+            )
+            for one in witnesses
         ),
         settings={
             "multiple": multiple,
@@ -157,6 +162,42 @@ def build_reference(
         },
     )
     return replace(draft, claim=measure_claim(draft, held_out, name=held_out_name))
+
+
+def _regime_model(
+    view: ViewRows, columns: NDArray[Any], channel_of: NDArray[Any], labels: int, multiple: float
+) -> RegimeModel:
+    """What the regime monitor needs to watch these columns. Raises: ReferenceRefused."""
+    rows = ViewRows(view.features[:, columns], view.predicted, view.recordings)
+    _refuse_thin(rows)
+    _, places = channels_of(columns, channel_of)
+    means, covariance = _regimes(rows)
+    class_means, class_covariance = _classes(rows, labels)
+    allowance, largest = _replay(rows, places)
+    if largest <= 0:
+        raise ReferenceRefused("the replay of the reference never rose", hint="Are all its rows the same?")
+    threshold = round(multiple * largest, 4)
+    return RegimeModel(
+        columns=columns.astype(np.int16),
+        regime_means=_single(means),
+        covariance=_single(covariance),
+        class_means=_single(class_means),
+        class_covariance=_single(class_covariance),
+        naming_scale=_single(_naming_scale(rows, class_means, class_covariance, places)),
+        allowance=_single(allowance),
+        threshold=threshold,
+        # however wild, one row or two are not drift
+        score_cap=min(SCORE_CAP, float(allowance.min()) + threshold / FEWEST_ROWS),
+    )
+
+
+def _disagreement(predicted: NDArray[np.int64], witness: NDArray[np.int64], labels: int) -> Floats:
+    """Per class the serving model says, how often the witness says another; of all rows for a class it never says."""
+    differs = (predicted != witness).astype(np.float64)
+    counts = np.bincount(predicted, minlength=labels)
+    sums = np.bincount(predicted, differs, minlength=labels)
+    share: Floats = np.where(counts > 0, sums / np.maximum(counts, 1), differs.mean())
+    return share
 
 
 def measure_claim(

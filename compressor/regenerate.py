@@ -94,10 +94,10 @@ def _accuracy(job: Job, task: Task, weights: bytes, rows: Rows) -> float:
 
     arrays = load_arrays(weights, where=f"weights of {job.model.name}")
     network = train.restore(task, job.model, arrays)
-    reads = list(task.indices(job.model.channels) or range(len(task.channels)))
+    reads = task.positions(job.model.channels)
     mean, sd = (torch.from_numpy(np.asarray(arrays[name], np.float32)) for name in ("mean", "sd"))
     with torch.no_grad():
-        x = ((torch.from_numpy(rows.windows) - mean) / sd)[:, :, reads].transpose(1, 2).contiguous()
+        x = train.normalise(torch.from_numpy(rows.windows), task.combinations, reads, mean, sd)
         predicted = network(x).argmax(1).numpy()
     return float((predicted == rows.labels).mean())
 

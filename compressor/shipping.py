@@ -103,7 +103,7 @@ def artifact_of(
         card=_card(bench, ship, origin, watch),
         choice=Choice(variant=variant.name, device_class=device.name, reason=reason),
         precision=variant.precision,
-        reads=variant.model.channels,
+        reads=bench.task.channels_behind(variant.model.channels),
         model=variant.onnx,
         reference=watch.reference,
         golden=evidence.golden(bench, variant),

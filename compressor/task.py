@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from agent.contract.artifact import Channel, Window
 from agent.contract.errors import ConfigError
+from agent.drift.views import Combination
 from compressor.corruptions import Corruption, Windows, dead, scale, stuck
 from compressor.errors import MissingExtra, RecipeError
 
@@ -103,7 +104,9 @@ class Fault:
 class Task:
     """`build(family, width, channels)` makes an untrained network from normalised input (rows, channels, length)
     to logits; `augment(windows, generator)` varies a raw training batch (rows, length, channels).
-    `unit_factors`: per channel group, what the usual confusion of units multiplies it by.
+    `unit_factors`: per channel group, what the usual confusion of units multiplies it by. `norms`, `products`:
+    groups of whose channels, taken as a vector, the length or the dot product is viewed too, and may be read by a
+    model: what does not change however the sensor is turned.
     """
 
     name: str
@@ -120,22 +123,60 @@ class Task:
     augment: Callable[[torch.Tensor, torch.Generator], torch.Tensor]
     faults: tuple[Fault, ...] = ()
     unit_factors: Mapping[str, float] = field(default_factory=dict)
+    norms: tuple[str, ...] = ()
+    products: tuple[tuple[str, str], ...] = ()
 
     @property
     def groups(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(channel.group for channel in self.channels))
 
-    def indices(self, names: Sequence[str]) -> tuple[int, ...]:
-        """Positions of channels on the last axis.
+    @property
+    def combinations(self) -> tuple[Combination, ...]:
+        """`norm(accel)`, `dot(accel,gyro)`: in the order of `norms`, then `products`.
 
         Raises:
-            RecipeError: a name is not a channel of this task.
+            RecipeError: a group is not one of this task, or two have not equally many channels.
         """
-        known = [channel.name for channel in self.channels]
+        norms = [Combination(f"norm({group})", self._members(group)) for group in self.norms]
+        pairs = [(one, other, self._members(one), self._members(other)) for one, other in self.products]
+        for one, other, left, right in pairs:
+            if len(left) != len(right):
+                raise RecipeError(f"task '{self.name}': groups '{one}' and '{other}' have not as many channels")
+        return (*norms, *(Combination(f"dot({one},{other})", left, right) for one, other, left, right in pairs))
+
+    def _members(self, group: str) -> tuple[int, ...]:
+        members = tuple(index for index, channel in enumerate(self.channels) if channel.group == group)
+        if not members:
+            raise RecipeError(f"task '{self.name}' has no group '{group}'", hint=f"It has {', '.join(self.groups)}.")
+        return members
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """What a model may read: the channels, then the combinations."""
+        return (*(channel.name for channel in self.channels), *(one.name for one in self.combinations))
+
+    def indices(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Positions among `series`.
+
+        Raises:
+            RecipeError: a name is none of them.
+        """
+        known = self.series
         for name in names:
             if name not in known:
                 raise RecipeError(f"task '{self.name}' has no channel '{name}'", hint=f"It has {', '.join(known)}.")
         return tuple(known.index(name) for name in names)
+
+    def positions(self, names: Sequence[str]) -> tuple[int, ...]:
+        """`indices` of what a model reads; without names, of all channels."""
+        return self.indices(names) or tuple(range(len(self.channels)))
+
+    def channels_behind(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The channels that series are made of; empty = all."""
+        combinations = {one.name: (*one.left, *one.right) for one in self.combinations}
+        chosen = {index for name in names for index in combinations.get(name, self.indices([name]))}
+        everything = len(chosen) in (0, len(self.channels))
+        return () if everything else tuple(self.channels[index].name for index in sorted(chosen))
 
     def fault(self, name: str) -> Fault:
         """A named fault, systematic ones included.

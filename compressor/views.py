@@ -1,4 +1,4 @@
-"""The monitor's view as nodes of the exported graph: the same numbers as agent.drift.views.channel_features.
+"""The monitor's view as nodes of the exported graph: the same numbers as agent.drift.views.window_features.
 
 The median of the second differences is exact: TopK keeps the larger half, a second TopK the two smallest of it,
 whose mean is the median. Unsorted TopK is the cheapest exact form (measured on one core, 126 values x 6
@@ -7,10 +7,45 @@ channels: 4.5 us; sorted TopK 6.5, full sort 10, counting ranks 50).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from agent.drift.views import Combination
+
 FLOOR = 1e-4  # as agent.drift.views.FLOOR: keeps a logarithm finite for a constant channel
+
+
+def combine(x: Tensor, combinations: Sequence[Combination]) -> Tensor:
+    """(rows, channels, length) raw -> (rows, channels + combinations, length): the channels, then what is made of
+    them, as agent.drift.views.combined.
+    """
+    return torch.cat([x, *(_series(x, one) for one in combinations)], 1) if combinations else x
+
+
+def choose(x: Tensor, combinations: Sequence[Combination], reads: Sequence[int]) -> Tensor:
+    """What `combine` would have at the positions `reads`, and nothing made that is not read."""
+    channels = x.shape[1]
+    if max(reads) < channels:
+        return _channels(x, reads)
+    return torch.cat(
+        [_series(x, combinations[at - channels]) if at >= channels else x[:, at : at + 1] for at in reads], 1
+    )
+
+
+def _series(x: Tensor, one: Combination) -> Tensor:
+    """(rows, 1, length)"""
+    left = _channels(x, one.left)
+    if one.right:
+        return (left * _channels(x, one.right)).sum(1, keepdim=True)
+    return (left * left).sum(1, keepdim=True).sqrt()
+
+
+def _channels(x: Tensor, channels: Sequence[int]) -> Tensor:
+    first, last = channels[0], channels[-1]
+    consecutive = list(channels) == list(range(first, last + 1))  # a slice is cheaper than a gather
+    return x[:, first : last + 1] if consecutive else x[:, list(channels)]
 
 
 class ChannelFeatures(nn.Module):

@@ -201,6 +201,16 @@ class Prefer:
 
 
 @dataclass(frozen=True, slots=True)
+class Consult:
+    """From now on these engines are asked too, after the answer has gone out; what they say leaves records. Empty =
+    nobody is asked.
+    """
+
+    service: str
+    engines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Drain:
     """Stop accepting, finish what is being answered, exit within `limit_s`.
 
@@ -292,5 +302,5 @@ class Inherited:
     lost: int
 
 
-ToWorker = Start | Serve | Prefer | Drain | Ping
+ToWorker = Start | Serve | Prefer | Consult | Drain | Ping
 FromWorker = Ready | Preferred | EngineTrouble | Pong | Drained | Inherited

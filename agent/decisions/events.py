@@ -20,6 +20,7 @@ class AlarmKind(StrEnum):
     REPEATED = "repeated"  # inputs repeat bit for bit: a buffer nobody fills
     RATE = "rate"  # data come at another rate than the model's windows
     DRIFT = "drift"  # the monitor's view left the reference; reports, never switches
+    HARM = "harm"  # a drift makes the serving engine wrong, says an engine with other inputs
     LATENCY = "latency"
     POWER = "power"
     THERMAL = "thermal"
@@ -52,6 +53,7 @@ class AlarmRaised:
     engine: str = ""
     text: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    better: str = ""  # of harm: the engine that says so, and that should serve instead
 
 
 @dataclass(frozen=True, slots=True)

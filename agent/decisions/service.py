@@ -8,10 +8,12 @@ Facts are written into the state by `supervisor.py`; `decide` reads them and mov
 | the serving engine is not loaded, or benched because it failed | trouble | `choose_other` |
 | latency, power, heat or memory alarm; again after each dwell while it lasts | trouble | `choose_cheaper` |
 | broken input is diagnosed | trouble | `choose`: only if another engine is better under that fault |
+| harm: a drift makes the preferred engine wrong; no broken input is diagnosed | trouble | the witness that says so |
 | fallback: rested, and what led here is gone for `settle_s` and `settle_requests` | settled | the preferred engine |
 | probation: `probation_s` and `settle_requests` without trouble | proven | stays |
 
-Drift is in no row: it is published and makes the health degraded, and never switches (drift.md).
+Plain drift is in no row: it is published and makes the health degraded, and never switches (drift.md). Harm ends with
+the drift it was said of, and the preferred engine returns as after any other trouble.
 
 During one stay away from the preferred engine, faults add up (`causes`): an engine is left for a better one only
 because of a fault that is new in this stay, so alarms that flap cannot make the engines flap.
@@ -40,7 +42,7 @@ from agent.decisions.health import Condition, Health
 
 PRESSURE: Final = frozenset({AlarmKind.LATENCY, AlarmKind.POWER, AlarmKind.THERMAL, AlarmKind.MEMORY})
 """Alarms a cheaper engine may end."""
-SWITCHING: Final = (BROKEN_INPUT - {AlarmKind.RANGE} - UNNAMED) | PRESSURE
+SWITCHING: Final = (BROKEN_INPUT - {AlarmKind.RANGE} - UNNAMED) | PRESSURE | {AlarmKind.HARM}
 """Alarms that may switch. Values out of range are clipped or refused by the guard's policy, which is the remedy."""
 
 
@@ -53,6 +55,7 @@ DEFAULT_SETTLE_S = 15.0
 DEFAULT_SETTLE_REQUESTS = 8  # the longest run a guard judges: a fault still there would have been raised again
 PUBLISHED_AS: Final = dict.fromkeys(BROKEN_INPUT, "sensor") | {
     AlarmKind.DRIFT: "drift",
+    AlarmKind.HARM: "drift",
     AlarmKind.LATENCY: "health",
     AlarmKind.MEMORY: "health",
     AlarmKind.POWER: "power",
@@ -68,6 +71,7 @@ class ServicePolicy:
     """Engines and card in lineup order, the preferred first. `failures` of the last `of_last` requests bench one.
 
     `missing`: a sentence about a better model that is configured and cannot be used; "" = all are here.
+    `least_gain`: accuracy that a switch because of harm must gain at least, where that is known.
     """
 
     service: str
@@ -80,6 +84,7 @@ class ServicePolicy:
     settle_requests: int = DEFAULT_SETTLE_REQUESTS
     switching: frozenset[AlarmKind] = SWITCHING
     missing: str = ""
+    least_gain: float = 0.0
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -99,6 +104,7 @@ class OpenAlarm:
     raised_s: float
     text: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
+    better: str = ""
 
     @property
     def fault(self) -> Fault:
@@ -167,6 +173,7 @@ def find_move(policy: ServicePolicy, state: ServiceState, now_s: float) -> Move 
         _leave_unusable(policy, state, now_s)
         or _relieve(policy, state, now_s)
         or _avoid_fault(policy, state, now_s)
+        or _avoid_harm(policy, state, now_s)
         or _return(policy, state, now_s)
     )
 
@@ -221,6 +228,25 @@ def _avoid_fault(policy: ServicePolicy, state: ServiceState, now_s: float) -> Mo
     return Move(Signal.TROUBLE, "fault", choice) if choice and choice.engine != state.stay.engine else None
 
 
+def _avoid_harm(policy: ServicePolicy, state: ServiceState, now_s: float) -> Move | None:
+    """What is said of the preferred engine moves nobody who has left it already."""
+    alarm = harm(policy, state)
+    if alarm is None or state.stay.engine != policy.preferred or faults_of_stay(policy, state):
+        return None
+    if alarm.better not in candidates(policy, state, now_s):
+        return None
+    numbers = {name: value for name, value in alarm.numbers.items() if name in ("disagreement", "gain_at_least")}
+    return Move(Signal.TROUBLE, "harm", Choice(alarm.better, alarm.text or "the drift does harm", numbers))
+
+
+def harm(policy: ServicePolicy, state: ServiceState) -> OpenAlarm | None:
+    """The open alarm of harm that may switch."""
+    alarm = next((one for one in state.alarms if one.kind is AlarmKind.HARM), None)
+    if alarm is None or AlarmKind.HARM not in policy.switching:
+        return None
+    return alarm if alarm.numbers.get("gain_at_least", policy.least_gain) >= policy.least_gain else None
+
+
 def choose_for_faults(policy: ServicePolicy, state: ServiceState, now_s: float) -> Choice | None:
     """The engine for what is diagnosed; None without a diagnosis that may switch."""
     faults = faults_of_stay(policy, state)
@@ -248,7 +274,7 @@ def settled(policy: ServicePolicy, state: ServiceState, now_s: float) -> bool:
     """What led away from the preferred engine is gone, and has been for a while with traffic."""
     if now_s - state.changed_s < policy.settle_s or state.served < policy.settle_requests:
         return False
-    if any(_presses(policy, alarm) and not alarm.engine for alarm in state.alarms):
+    if harm(policy, state) or any(_presses(policy, alarm) and not alarm.engine for alarm in state.alarms):
         return False
     faults = open_faults(policy, state)
     among = candidates(policy, state, now_s) | {policy.preferred}
@@ -325,7 +351,8 @@ STEPS: Final = {
 
 def _announce(policy: ServicePolicy, state: ServiceState, before: Stay, move: Move) -> Publish:
     stay = state.stay
-    evidence = [alarm for alarm in state.alarms if alarm.kind in policy.switching] if move.why == "fault" else []
+    told = move.why in ("fault", "harm")
+    evidence = [alarm for alarm in state.alarms if alarm.kind in policy.switching] if told else []
     numbers = {name: value for alarm in reversed(evidence) for name, value in alarm.numbers.items()}
     numbers |= move.choice.numbers | {"dwell_s": stay.dwell_s, "previous_stay_s": stay.since_s - before.since_s}
     way = f"{before.engine} -> {stay.engine}" if stay.engine != before.engine else stay.engine

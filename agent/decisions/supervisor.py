@@ -193,7 +193,14 @@ class Supervisor:
             return []
         since_s = known.raised_s if known else now_s
         alarm = OpenAlarm(
-            event.kind, event.level, event.channels, event.engine, since_s, event.text, dict(event.numbers)
+            event.kind,
+            event.level,
+            event.channels,
+            event.engine,
+            since_s,
+            event.text,
+            dict(event.numbers),
+            event.better,
         )
         others = tuple(other for other in state.alarms if other is not known)
         switching = event.kind in policy.switching
@@ -207,6 +214,8 @@ class Supervisor:
         choice = service.choose_for_faults(policy, state, now_s) if event.kind in BROKEN_INPUT else None
         if choice is not None:
             details["decision"] = f"{state.pin} is pinned" if state.pin else choice.reason
+        if event.better:
+            details["better"] = event.better
         return [
             Publish(
                 SEVERITY_OF_LEVEL[event.level], PUBLISHED_AS[event.kind], event.text or alarm.fault.sentence(),

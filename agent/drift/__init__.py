@@ -7,6 +7,7 @@ the reference, no threads. Device and host run the same code; calibration replay
     stationary has a steady stream changed?    edetector  the bets it makes
     transforms season and lags taken out       models     what a monitor compares with
     archive    arrays as bytes and back           senders    what repeats, what comes at another rate
+    harm       does a drift do harm?
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from agent.drift.counters import GuardCounters
 from agent.drift.findings import Finding
+from agent.drift.harm import HarmMonitor
 from agent.drift.models import RegimeModel, StationaryModel, Witness
 from agent.drift.reference import (
     Claim,
@@ -29,17 +31,19 @@ from agent.drift.reference import (
 from agent.drift.regimes import RegimeMonitor
 from agent.drift.senders import SenderCounters
 from agent.drift.stationary import StationaryMonitor
-from agent.drift.views import channel_features, feature_names
+from agent.drift.views import Combination, channel_features, combined, feature_names, window_features
 from agent.drift.windows import FixedPoint, MomentWindow
 
 __all__ = [
     "Claim",
+    "Combination",
     "Detectability",
     "DriftMonitor",
     "Finding",
     "FixedPoint",
     "GuardCounters",
     "GuardStatistics",
+    "HarmMonitor",
     "MomentWindow",
     "Reference",
     "RegimeModel",
@@ -49,10 +53,12 @@ __all__ = [
     "StationaryMonitor",
     "Witness",
     "channel_features",
+    "combined",
     "drift_monitor",
     "dump_reference",
     "feature_names",
     "load_reference",
+    "window_features",
 ]
 
 

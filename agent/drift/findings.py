@@ -10,8 +10,8 @@ class Finding:
     """An edge: `raised` begins (or extends) a condition, otherwise it ends.
 
     `kind` is one of the alarm kinds of the decisions, as plain text: dead, stuck, scale, not_finite, range,
-    repeated, rate, drift. `channels`: the most suspicious first, none where the whole input is meant.
-    `numbers` are the evidence; `text` reads without them.
+    repeated, rate, drift, harm. `channels`: the most suspicious first, none where the whole input is meant.
+    `numbers` are the evidence; `text` reads without them. `engine`: of harm, the one to switch to.
     """
 
     kind: str
@@ -19,3 +19,4 @@ class Finding:
     channels: tuple[str, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
     text: str = ""
+    engine: str = ""

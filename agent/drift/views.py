@@ -1,9 +1,10 @@
-"""The views of a window that need no model: per-channel shape features. Pure numpy; the exported graph
-computes the same numbers, and a test keeps the two equal.
+"""The views of a window that need no model: shape features of its channels, and of series made of them. Pure
+numpy; the exported graph computes the same numbers, and a test keeps the two equal.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -13,9 +14,37 @@ CHANNEL_FEATURES: Final = ("mean", "log_sd", "log_roughness", "log_spike")
 FLOOR: Final = 1e-4  # keeps a logarithm finite for a constant channel
 
 
-def feature_names(channels: tuple[str, ...]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """A series made of a window's channels, the same however the sensor is turned: at each sample the length of
+    one group's vector (`right` empty), or the dot product of two groups' vectors. `left`, `right`: channel numbers.
+    """
+
+    name: str
+    left: tuple[int, ...]
+    right: tuple[int, ...] = ()
+
+
+def combined(windows: NDArray[Any], combinations: tuple[Combination, ...]) -> NDArray[np.float64]:
+    """windows: (rows, samples, channels). Returns (rows, samples, combinations)."""
+    x = np.asarray(windows, dtype=np.float64)
+    made = np.empty((*x.shape[:2], len(combinations)))
+    for at, one in enumerate(combinations):
+        sums = (x[:, :, one.left] * x[:, :, one.right or one.left]).sum(axis=2)
+        made[:, :, at] = sums if one.right else np.sqrt(sums)
+    return made
+
+
+def window_features(windows: NDArray[Any], combinations: tuple[Combination, ...]) -> NDArray[np.float64]:
+    """`channel_features` of the channels, then of the combinations: (rows, 4 * (channels + combinations))."""
+    if not combinations:
+        return channel_features(windows)
+    return channel_features(np.concatenate([windows, combined(windows, combinations)], axis=2))
+
+
+def feature_names(series: tuple[str, ...]) -> tuple[str, ...]:
     """`ax.mean, ax.log_sd, ...`: the names of `channel_features`, in its order."""
-    return tuple(f"{channel}.{feature}" for channel in channels for feature in CHANNEL_FEATURES)
+    return tuple(f"{name}.{feature}" for name in series for feature in CHANNEL_FEATURES)
 
 
 def channel_features(windows: NDArray[Any]) -> NDArray[np.float64]:

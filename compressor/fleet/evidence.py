@@ -78,6 +78,7 @@ class _Open:
     guards: dict[str, float] = field(default_factory=dict)  # "dead:gx" -> since
     drift: EventRow | None = None
     drift_since: float = 0.0
+    harmful: bool = False
 
 
 def standing(events: Iterable[EventRow]) -> list[Standing]:
@@ -91,10 +92,14 @@ def standing(events: Iterable[EventRow]) -> list[Standing]:
 
 def _follow(alarms: _Open, event: EventRow) -> None:
     raised = event.details.get("raised", True) is not False
+    if event.details.get("alarm") == "harm":
+        alarms.harmful = raised
+        return
     if event.kind == "drift":
         if raised and alarms.drift is None:
             alarms.drift_since = event.received_at
         alarms.drift = event if raised else None
+        alarms.harmful = alarms.harmful and raised
         return
     alarm = str(event.details.get("alarm", "sensor"))[:36]
     for name in [f"{alarm}:{channel}" for channel in event.channels] or [alarm]:
@@ -116,7 +121,7 @@ def _standing(key: tuple[str, str], alarms: _Open) -> Standing:
         drifting=alarms.drift is not None,
         channels=tuple(alarms.drift.channels) if alarms.drift is not None else (),
         single_channel=details.get("single_channel") is True,
-        harmful=details.get("level") == "harmful",
+        harmful=alarms.drift is not None and (alarms.harmful or details.get("level") == "harmful"),
         persisted_windows=_whole(details.get("persisted_windows")),
         reference=str(details.get("reference", ""))[:64],
         since=min(starts),

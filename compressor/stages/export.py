@@ -15,40 +15,43 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from agent.drift.views import Combination
 from compressor.stages.naming import OPSET, PROBABILITY, VIEW_OUTPUT
-from compressor.views import ChannelFeatures
+from compressor.views import ChannelFeatures, choose, combine
 
 MAX_ROWS = 4096
 
 
 class Served(nn.Module):
-    """What the device runs: raw window (rows, length, channels) -> class probabilities, channel features.
+    """What the device runs: raw window (rows, length, channels) -> class probabilities, features of the view.
 
-    `reads`: positions of the channels the network looks at; the view always covers all of them.
+    `reads`: positions of the series the network looks at: channels, then `combinations`. The view always covers
+    all of them.
     """
 
     mean: Tensor
     sd: Tensor
 
-    def __init__(self, network: nn.Module, *, reads: Sequence[int], mean: Tensor, sd: Tensor) -> None:
+    def __init__(
+        self, network: nn.Module, *, reads: Sequence[int], mean: Tensor, sd: Tensor,
+        combinations: Sequence[Combination] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.network = network
+        self.combinations = tuple(combinations)
         self.reads = list(reads)
         self.features = ChannelFeatures()
         self.register_buffer("mean", mean[self.reads].view(1, -1, 1))
         self.register_buffer("sd", sd[self.reads].view(1, -1, 1))
 
     def normalise(self, x: Tensor) -> Tensor:
-        """(rows, channels, length) raw -> (rows, channels read, length) with mean 0 and sd 1 on training rows."""
-        first, last = self.reads[0], self.reads[-1]
-        consecutive = self.reads == list(range(first, last + 1))  # a slice is cheaper than a gather
-        chosen = x[:, first : last + 1] if consecutive else x[:, self.reads]
-        return (chosen - self.mean) / self.sd
+        """(rows, channels, length) raw -> (rows, series read, length) with mean 0 and sd 1 on training rows."""
+        return (choose(x, self.combinations, self.reads) - self.mean) / self.sd
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         x = window.transpose(1, 2)
         logits = self.network(self.normalise(x))
-        return torch.softmax(logits, 1), self.features(x)
+        return torch.softmax(logits, 1), self.features(combine(x, self.combinations))
 
 
 def export(served: Served, *, input_name: str, shape: tuple[int, int]) -> bytes:

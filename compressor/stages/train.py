@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agent.contract.errors import Corrupt
+from agent.drift.views import Combination
 from compressor.recipe import ModelTable, TrainTable
 from compressor.task import Role, Rows, Task, TaskData
+from compressor.views import choose, combine
 
 Arrays = Mapping[str, NDArray[np.generic]]
-SOURCES = ("stages/train.py", "families.py", "task.py")
+SOURCES = ("stages/train.py", "families.py", "task.py", "views.py")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +49,10 @@ def train(
     start: arrays of an earlier training of this model to go on from; its input statistics stay.
     """
     torch.manual_seed(_seed(seed, model.name))
-    reads = task.indices(model.channels) or tuple(range(len(task.channels)))
+    reads = task.positions(model.channels)
     network = task.build(model.family, model.width, len(reads)) if start is None else restore(task, model, start)
     rows, select = data.role(Role.TRAIN), data.role(Role.SELECT)
-    feed = _Feed(rows, reads, start)
+    feed = _Feed(rows, reads, start, task.combinations)
     history: list[float] = []
     best: tuple[float, int, dict[str, Tensor]] = (-1.0, 0, {})
     for epoch in _epochs(network, feed, task, model, settings, seed):
@@ -67,18 +69,31 @@ def train(
 class _Feed:
     """Training rows on the way to a network: raw batches, then normalised with the first training's statistics."""
 
-    def __init__(self, rows: Rows, reads: tuple[int, ...], start: Arrays | None) -> None:
+    def __init__(
+        self, rows: Rows, reads: tuple[int, ...], start: Arrays | None, combinations: tuple[Combination, ...]
+    ) -> None:
         self.windows = torch.from_numpy(rows.windows)
         self.labels = torch.from_numpy(rows.labels)
         self.reads = list(reads)
+        self.combinations = combinations
         if start is None:
-            self.mean = self.windows.double().mean((0, 1)).float()
-            self.sd = self.windows.double().std((0, 1)).float().clamp_min(1e-6)
+            series = combine(self.windows.transpose(1, 2), combinations).double()
+            self.mean = series.mean((0, 2)).float()
+            self.sd = series.std((0, 2)).float().clamp_min(1e-6)
         else:
             self.mean, self.sd = (torch.from_numpy(np.asarray(start[name], np.float32)) for name in ("mean", "sd"))
 
     def normalise(self, windows: Tensor) -> Tensor:
-        return ((windows - self.mean) / self.sd)[:, :, self.reads].transpose(1, 2).contiguous()
+        return normalise(windows, self.combinations, self.reads, self.mean, self.sd)
+
+
+def normalise(
+    windows: Tensor, combinations: Sequence[Combination], reads: Sequence[int], mean: Tensor, sd: Tensor
+) -> Tensor:
+    """(rows, length, channels) raw -> (rows, series read, length); `mean`, `sd`: of all series."""
+    chosen = list(reads)
+    series = choose(windows.transpose(1, 2), combinations, chosen)
+    return ((series - mean[chosen].view(1, -1, 1)) / sd[chosen].view(1, -1, 1)).contiguous()
 
 
 def _epochs(
@@ -122,7 +137,7 @@ def restore(task: Task, model: ModelTable, arrays: Arrays) -> nn.Module:
     Raises:
         Corrupt: the arrays are not the state of this model.
     """
-    reads = task.indices(model.channels) or tuple(range(len(task.channels)))
+    reads = task.positions(model.channels)
     network = task.build(model.family, model.width, len(reads))
     state = {
         name.removeprefix("state."): torch.from_numpy(value)

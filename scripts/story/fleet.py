@@ -30,7 +30,7 @@ from scripts.story.world import DEVICE, FLEET, SERVICE, StoryError, World, admin
 
 HOST = "host"
 QUORUM = 2
-ORDER = (SERVICE, f"{SERVICE}-accel", f"{SERVICE}-floor")
+ORDER = (SERVICE, f"{SERVICE}-accel", f"{SERVICE}-gyro", f"{SERVICE}-norm", f"{SERVICE}-floor")
 
 
 def wearer_device(wearer: int) -> str:
@@ -107,8 +107,8 @@ unix = "{self.serve_socket}"
 [[service]]
 name = "{SERVICE}"
 artifact = "{artifacts / ORDER[0]}"
-fallbacks = ["{artifacts / ORDER[1]}"]
-floor = "{artifacts / ORDER[2]}"
+fallbacks = [{", ".join(f'"{artifacts / name}"' for name in ORDER[1:-1])}]
+floor = "{artifacts / ORDER[-1]}"
 
 [telemetry]
 interval_s = 2

@@ -12,7 +12,10 @@ from rich.table import Table
 
 SPARKS = "▁▂▃▄▅▆▇█"
 SMOOTH = 24  # windows in the moving accuracy: half a minute of data
-COLOURS = {"wrist": "#2a7f62", "wrist-accel": "#d98b1f", "wrist-faulty": "#b3402f", "wrist-floor": "#777777"}
+COLOURS = {
+    "wrist": "#2a7f62", "wrist-accel": "#d98b1f", "wrist-gyro": "#3a6ea5", "wrist-norm": "#7b5aa6",
+    "wrist-faulty": "#b3402f", "wrist-floor": "#777777",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

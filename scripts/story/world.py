@@ -77,7 +77,7 @@ class World:
     """Everything that runs; `close` ends it all by process id, whatever happened."""
 
     folder: Path  # what stays for reading: configuration, logs
-    artifacts: Path  # holds wrist/, wrist-accel/, wrist-floor/
+    artifacts: Path  # holds wrist/, its fallbacks, and wrist-floor/
     faulty: Path
     wearers: tuple[str, ...] = ()  # further devices of the fleet
     short: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="ew-")))  # socket paths must be short
@@ -127,12 +127,15 @@ unix = "serve.sock"
 [[service]]
 name = "{SERVICE}"
 artifact = "{self.artifacts / "wrist"}"
-fallbacks = ["{self.artifacts / "wrist-accel"}"]
+fallbacks = [{self._fallbacks()}]
 floor = "{self.artifacts / "wrist-floor"}"
 """
 
+    def _fallbacks(self) -> str:
+        return ", ".join(f'"{self.artifacts / f"wrist-{name}"}"' for name in ("accel", "gyro", "norm"))
+
     def _configuration(self, state: Path) -> str:
-        chain = ", ".join(f'"{self.artifacts / name}"' for name in ("wrist-accel",))
+        chain = self._fallbacks()
         return f"""# Written by scripts/quickstart. `edgewarden-agent check-config --config FILE` explains every key.
 [device]
 id = "{DEVICE}"

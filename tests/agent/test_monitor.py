@@ -34,7 +34,7 @@ from agent.monitor import (
 from agent.observation import NO_ENGINE, RECORD, Observation, Outcome, RingReader, RingWriter, create_ring
 from agent.sketch import LogSketch
 from compressor.reference import build_reference
-from tests.agent.drift.conftest import CHANNELS, GROUPS, NO_GUARD, RegimeStream
+from tests.agent.drift.conftest import CHANNELS, GROUPS, NO_GUARD, RegimeStream, witnessed_reference
 
 ENGINES = ("wrist", "wrist-accel", "wrist-floor")
 OK, ERROR, DEADLINE = Outcome.OK, Outcome.ERROR, Outcome.DEADLINE
@@ -537,3 +537,101 @@ def test_a_device_that_says_nothing_raises_nothing() -> None:
     device = DeviceMonitor(("wrist",), power_w=1.0, temperature_c=1.0, memory_bytes=1.0)
     for _ in range(10):
         assert device.observe(power_w=None, temperature_c=None, memory_bytes=None) == []
+
+
+# --- harm --------------------------------------------------------------------------------------------------
+WITNESSED = ("wrist", "wrist-accel", "wrist-gyro", "wrist-floor")
+
+
+@pytest.fixture(scope="module")
+def judge(stream: RegimeStream) -> Reference:
+    return witnessed_reference(stream)
+
+
+def harmed(stream: RegimeStream, rows: int = 60, first: int = 0) -> np.ndarray:
+    """Rows whose accelerometer left every regime; the first engine's class changes every second row."""
+    features = stream.rows(8, seed=5).features[:rows].copy()
+    features[:, :8] += 40.0
+    return viewed(features, np.arange(rows) // 2 % 2, arrival_ns=np.arange(first, first + rows), first=first)
+
+
+def said(asked: np.ndarray, engine: int, predicted: np.ndarray) -> np.ndarray:
+    """What a witness says of `asked`."""
+    return records(
+        len(asked), arrival_ns=asked["arrival_ns"], engine=engine, outcome=Outcome.SHADOW, predicted=predicted
+    )
+
+
+def quiet(stream: RegimeStream) -> np.ndarray:
+    rows = stream.rows(4, seed=4)
+    return viewed(rows.features, rows.predicted, arrival_ns=-1 - np.arange(len(rows)))
+
+
+def test_harm_is_raised_with_the_engine_to_switch_to_and_ends_with_the_drift(
+    stream: RegimeStream, judge: Reference
+) -> None:
+    one = monitor(judge, engines=WITNESSED, accuracy={"wrist-gyro": 0.9})
+    one.observe(quiet(stream))
+    assert one.witnesses == ()
+    rows = harmed(stream)
+    (drift,) = alarms(one.observe(rows[:20]))
+    assert drift.kind is AlarmKind.DRIFT
+    assert one.witnesses == ("wrist-accel", "wrist-gyro")
+    events: list[Event] = []
+    for row in np.split(rows[20:], 40):
+        both = np.concatenate([row, said(row, 1, 1 - row["predicted"]), said(row, 2, 1 - row["predicted"])])
+        events += alarms(one.observe(both))
+    (harm,) = events
+    assert isinstance(harm, AlarmRaised)
+    assert (harm.kind, harm.level, harm.better) == (AlarmKind.HARM, Level.HARMFUL, "wrist-gyro")
+    assert harm.numbers["disagreement"] == 1.0
+    assert harm.numbers["gain_at_least"] == pytest.approx(0.8)
+    assert one.witnesses == ()
+    back = [one.observe(quiet(stream)) for _ in range(4)]
+    kinds = [(type(event), event.kind) for event in alarms([event for part in back for event in part])]
+    assert kinds == [(AlarmCleared, AlarmKind.DRIFT), (AlarmCleared, AlarmKind.HARM)]
+
+
+def test_records_may_come_in_any_batches(stream: RegimeStream, judge: Reference) -> None:
+    rows = harmed(stream)
+    told = np.concatenate([np.concatenate([row, said(row, 2, 1 - row["predicted"])]) for row in np.split(rows, 60)])
+    found = []
+    for size in (1, 7, 120):
+        one = monitor(judge, engines=WITNESSED)
+        events = alarms(one.observe(quiet(stream)))
+        for start in range(0, len(told), size):
+            events += alarms(one.observe(told[start : start + size]))
+        found.append(events)
+    assert found[0] == found[1] == found[2]
+    assert [event.kind for event in found[0]] == [AlarmKind.DRIFT, AlarmKind.HARM]
+
+
+def test_what_witnesses_say_is_no_request_of_anybody(stream: RegimeStream, judge: Reference) -> None:
+    one = monitor(judge, engines=WITNESSED)
+    assert one.observe(said(harmed(stream, 5), 1, np.zeros(5))) == []
+    window = one.take_window()
+    assert window["counters"] == {"rows_witnessed": 5}
+    assert window["latency"] == []
+
+
+def test_another_engine_is_not_judged_by_the_first_ones_reference(stream: RegimeStream, judge: Reference) -> None:
+    one = monitor(judge, engines=WITNESSED)
+    one.observe(quiet(stream))
+    one.restart_windows("wrist-accel")
+    rows = harmed(stream)
+    rows["engine"] = 1
+    told = np.concatenate([np.concatenate([row, said(row, 2, 1 - row["predicted"])]) for row in np.split(rows, 60)])
+    assert [event.kind for event in alarms(one.observe(told))] == [AlarmKind.DRIFT]
+    assert one.witnesses == ()
+
+
+def test_harm_is_announced_again_after_a_restart(stream: RegimeStream, judge: Reference) -> None:
+    one = monitor(judge, engines=WITNESSED)
+    one.observe(quiet(stream))
+    rows = harmed(stream)
+    for row in np.split(rows, 60):
+        one.observe(np.concatenate([row, said(row, 2, 1 - row["predicted"])]))
+    other = monitor(judge, engines=WITNESSED)
+    other.restore(json.loads(json.dumps(one.state())))
+    again = [(event.kind, event.better) for event in other.announce() if isinstance(event, AlarmRaised)]
+    assert again == [(AlarmKind.DRIFT, ""), (AlarmKind.HARM, "wrist-gyro")]

@@ -4,7 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agent.drift import GuardStatistics, Reference, dump_reference
+from agent.contract.plan import ChannelPlan, GuardPlan
+from agent.drift import GuardStatistics, Reference, drift_monitor, dump_reference
+from agent.drift.views import CHANNEL_FEATURES
+from agent.guard import Guard
 from compressor.reference import (
     _POISSON_UPPER,
     MULTIPLE,
@@ -17,6 +20,9 @@ from compressor.reference import (
     measure_claim,
     measure_detectability,
 )
+from tests.agent.drift.conftest import CHANNELS as STREAMED
+from tests.agent.drift.conftest import GROUPS as STREAM_GROUPS
+from tests.agent.drift.conftest import NO_GUARD, RegimeStream
 
 CHANNELS = ("ax", "gx")
 NAMES = channel_view_names(CHANNELS, {"ax": "accel", "gx": "gyro"}, ("walk", "rest"))
@@ -134,12 +140,49 @@ def test_a_class_never_predicted_lies_at_the_middle_and_breaks_nothing() -> None
     assert built.class_share.tolist() == [0.5, 0.5, 0.0]
 
 
-def test_guard_statistics_are_per_window_rms_of_the_groups_vector() -> None:
+def test_guard_statistics_are_per_window_rms_over_a_groups_channels_and_time() -> None:
     windows = np.zeros((2, 4, 3))
     windows[0, :, 0], windows[0, :, 1] = 3.0, 4.0
     windows[1, :, 0] = 1.0
     windows[:, :, 2] = -2.0
     statistics = guard_statistics(windows, ("ax", "ay", "gx"), {"ax": "accel", "ay": "accel", "gx": "gyro"})
-    assert statistics.group_rms == {"accel": (1.0, 5.0), "gyro": (2.0, 2.0)}
+    assert statistics.group_rms["accel"] == pytest.approx((math.sqrt(1 / 2), math.sqrt((9 + 16) / 2)))
+    assert statistics.group_rms["gyro"] == (2.0, 2.0)
     assert statistics.channel_mean == {"ax": 2.0, "ay": 2.0, "gx": -2.0}
     assert statistics.channel_range["ay"] == (0.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("factor", "text"), [(0.45, ""), (2.4, ""), (0.35, "scale:ax,ay,az"), (2.6, "scale:ax,ay,az")]
+)
+def test_the_guard_measures_a_groups_scale_as_the_reference_does(factor: float, text: str) -> None:
+    """Windows all alike, so that smallest and largest rms are one number: 2.5 times off is the limit, both ways."""
+    channels = ("ax", "ay", "az")
+    windows = np.tile(np.sin(np.arange(32) + 1.0)[None, :, None], (4, 1, 3)).astype(np.float32)
+    statistics = guard_statistics(windows, channels, dict.fromkeys(channels, "accel"))
+    plans = tuple(ChannelPlan(name, "accel", -99.0, 99.0, 0.0) for name in channels)
+    guard = Guard(GuardPlan("window", plans, group_rms=statistics.group_rms))
+    assert guard.check(windows[:1] * np.float32(factor)).text == text
+
+
+def test_what_belongs_to_no_channel_is_viewed_but_raises_nothing(stream: RegimeStream) -> None:
+    rows, held_out = stream.rows(8, seed=1), stream.rows(8, seed=2)
+    names = channel_view_names(STREAMED, STREAM_GROUPS, ("walk", "rest"), ("norm(accel)",))
+    assert names.features[-4:] == tuple(f"norm(accel).{one}" for one in CHANNEL_FEATURES)
+    assert names.channel_of[-4:] == (-1,) * 4
+
+    def wider(of: ViewRows) -> ViewRows:
+        return ViewRows(np.hstack([of.features, of.features[:, :4]]), of.predicted, of.recordings)
+
+    reference = build_reference(wider(rows), names, guard=NO_GUARD, held_out=wider(held_out))
+    monitor = drift_monitor(reference)
+    assert monitor is not None
+    far = wider(held_out).features
+    far[:, -4:] += 100.0
+    assert monitor.follow(far, held_out.predicted, np.full(len(far), np.nan)) == []
+    assert reference.fixed_point().width == 16
+
+
+@pytest.fixture(scope="module")
+def stream() -> RegimeStream:
+    return RegimeStream()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from agent.contract.artifact import Channel
 from compressor.errors import RecipeError
+from compressor.examples.wrist.task import TASK
 from compressor.task import load_task, systematic_faults
 
 CHANNELS = [
@@ -56,3 +58,29 @@ def test_a_missing_task_module_is_told(tmp_path: Path) -> None:
 def test_a_task_is_found_by_dotted_name_too() -> None:
     task, digest = load_task("compressor.examples.wrist.task", Path())
     assert (task.service, len(digest)) == ("wrist", 64)
+
+
+# --- series made of channels ----------------------------------------------------------------------------------
+def test_a_task_names_the_series_its_models_may_read() -> None:
+    assert TASK.series[6:] == ("norm(accel)", "norm(gyro)", "dot(accel,gyro)")
+    assert TASK.positions(["norm(gyro)", "ax"]) == (7, 0)
+    assert TASK.positions([]) == (0, 1, 2, 3, 4, 5)
+
+
+def test_a_model_reads_the_channels_its_series_are_made_of() -> None:
+    assert TASK.channels_behind(["norm(accel)"]) == ("ax", "ay", "az")
+    assert TASK.channels_behind(["gx", "norm(accel)"]) == ("ax", "ay", "az", "gx")
+    assert TASK.channels_behind(["norm(accel)", "dot(accel,gyro)"]) == ()  # all
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"norms": ("magnet",)}, "has no group 'magnet'"),
+        ({"products": (("accel", "light"),)}, "have not as many channels"),
+    ],
+)
+def test_series_of_groups_that_do_not_fit_are_told(changes: dict[str, object], text: str) -> None:
+    lux = Channel(name="lux", unit="lx", group="light", minimum=0, maximum=9)
+    with pytest.raises(RecipeError, match=text):
+        _ = replace(TASK, channels=(*TASK.channels, lux), **changes).combinations  # type: ignore[arg-type]

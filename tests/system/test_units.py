@@ -61,7 +61,7 @@ def test_the_service_is_hardened(tmp_path: Path) -> None:
 
 
 def test_the_example_configuration_has_no_unknown_key(tmp_path: Path) -> None:
-    for name in ("wrist", "wrist-accel", "wrist-floor"):
+    for name in ("wrist", "wrist-accel", "wrist-gyro", "wrist-norm", "wrist-floor"):
         (tmp_path / "artifacts" / name).mkdir(parents=True)
         (tmp_path / "artifacts" / name / "manifest.json").write_text("{}")
     text = (UNITS / "agent.toml").read_text()

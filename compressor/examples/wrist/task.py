@@ -236,4 +236,6 @@ TASK = Task(
     augment=augment,
     faults=_faults(),
     unit_factors=UNIT_FACTORS,
+    norms=("accel", "gyro"),
+    products=(("accel", "gyro"),),
 )

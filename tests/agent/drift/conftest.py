@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from agent.drift import GuardStatistics, Reference
-from compressor.reference import ViewNames, ViewRows, build_reference, channel_view_names
+from compressor.reference import ViewNames, ViewRows, WitnessRows, build_reference, channel_view_names
 
 CHANNELS = ("ax", "ay", "gx")
 GROUPS = {"ax": "accel", "ay": "accel", "gx": "gyro"}
@@ -38,3 +38,18 @@ def stream() -> RegimeStream:
 @pytest.fixture(scope="session")
 def reference(stream: RegimeStream) -> Reference:
     return build_reference(stream.rows(8, seed=1), stream.names, guard=NO_GUARD, held_out=stream.rows(8, seed=2))
+
+
+@pytest.fixture(scope="session")
+def witnessed(stream: RegimeStream) -> Reference:
+    return witnessed_reference(stream)
+
+
+def witnessed_reference(stream: RegimeStream) -> Reference:
+    """Two witnesses that agree with the serving engine on every reference row; each looks at a group of its own."""
+    rows = stream.rows(8, seed=1)
+    said = [
+        WitnessRows("wrist-accel", tuple(range(8)), rows.predicted),
+        WitnessRows("wrist-gyro", (8, 9, 10, 11), rows.predicted),
+    ]
+    return build_reference(rows, stream.names, guard=NO_GUARD, held_out=stream.rows(8, seed=2), witnesses=said)

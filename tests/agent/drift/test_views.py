@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.drift import channel_features, feature_names
+from agent.drift import Combination, channel_features, combined, feature_names, window_features
 
 
 def one_channel(samples: list[float]) -> list[float]:
@@ -60,3 +60,28 @@ def test_names_follow_the_order_of_the_features() -> None:
     window = np.zeros((1, 128, 2))
     window[0, :, 1] = 5.0
     assert channel_features(window)[0, names.index("gx.mean")] == 5.0
+
+
+NORM, DOT = Combination("norm(a)", (0, 1, 2)), Combination("dot(a,w)", (0, 1, 2), (3, 4, 5))
+
+
+def test_lengths_and_dot_products_by_hand() -> None:
+    window = np.array([[[3.0, 4.0, 0.0, 1.0, 0.0, 2.0], [0.0, 0.0, -2.0, 0.0, 0.0, 5.0], [1, 2, 2, 2, 2, 1]]])
+    assert combined(window, (NORM, DOT)).tolist() == [[[5.0, 3.0], [2.0, -10.0], [3.0, 8.0]]]
+
+
+def test_what_is_combined_does_not_change_when_the_sensor_is_turned() -> None:
+    generator = np.random.default_rng(4)
+    window = generator.normal(0.0, 2.0, (3, 50, 6))
+    turn, _ = np.linalg.qr(generator.normal(size=(3, 3)))
+    turned = np.concatenate([window[:, :, :3] @ turn, window[:, :, 3:] @ turn], axis=2)
+    assert np.allclose(combined(turned, (NORM, DOT)), combined(window, (NORM, DOT)))
+    assert not np.allclose(channel_features(turned), channel_features(window))
+
+
+def test_features_of_combinations_follow_those_of_channels() -> None:
+    window = np.random.default_rng(5).normal(size=(2, 30, 6))
+    features = window_features(window, (NORM, DOT))
+    assert features.shape == (2, 32)
+    assert np.array_equal(features[:, :24], window_features(window, ()))
+    assert np.allclose(features[:, 24], np.linalg.norm(window[:, :, :3], axis=2).mean(axis=1))

@@ -9,7 +9,7 @@ import onnx
 import pytest
 import torch
 
-from agent.drift.views import channel_features
+from agent.drift.views import Combination, channel_features, window_features
 from agent.engine import OnnxEngine
 from compressor.assess import interpret, without_view
 from compressor.families import PlainConv1d
@@ -63,6 +63,21 @@ def test_preprocessing_is_inside_and_the_view_sees_every_channel(model: bytes, t
     changed = WINDOWS.copy()
     changed[:, :, 1] += 100  # a channel the network does not read
     assert np.array_equal(run(model, tmp_path, changed)[PROBABILITY], told[PROBABILITY])
+
+
+def test_a_network_of_lengths_does_not_notice_a_turn_and_the_view_does(tmp_path: Path) -> None:
+    combinations = (Combination("norm", (0, 1, 2)), Combination("dot", (0, 1, 2), (3, 4, 5)))
+    torch.manual_seed(1)
+    network = Served(
+        fold(PlainConv1d(2, 4, 3)), reads=[6, 7], mean=torch.zeros(8), sd=torch.ones(8), combinations=combinations
+    )
+    model = export(network, input_name="window", shape=(128, 6))
+    told = run(model, tmp_path, WINDOWS)
+    assert np.abs(told[VIEW_OUTPUT] - window_features(WINDOWS, combinations)).max() <= 1e-4
+    turned = WINDOWS[:, :, [1, 2, 0, 4, 5, 3]]
+    after = run(model, tmp_path, turned)
+    assert np.allclose(after[PROBABILITY], told[PROBABILITY], atol=1e-5)
+    assert np.abs(after[VIEW_OUTPUT] - told[VIEW_OUTPUT]).max() > 0.1
 
 
 def test_one_row_and_many_rows_are_answered_alike(model: bytes, tmp_path: Path) -> None:
