@@ -121,6 +121,7 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "guards": watched["guards"],
         "odd_rows": watched["odd_rows"],
         "drift": _whole(watched["drift"]),
+        "harm": _whole(watched["harm"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
         "problems": list(blueprint.problems),
     }
@@ -251,6 +252,11 @@ def _service_samples(sources: Sources, blueprint: Blueprint) -> Iterator[Sample]
         if key.startswith("evidence:"):
             yield Sample("edgewarden_drift_evidence", value, {**name, "component": key.removeprefix("evidence:")})
     yield Sample("edgewarden_drift_rows_total", watched["drift"].get("rows"), name)
+    for key, value in watched["harm"].items():
+        kind, _, engine = key.partition(":")
+        if engine and kind in ("quietness", "harm"):
+            metric = "edgewarden_harm_evidence" if kind == "harm" else "edgewarden_witness_evidence"
+            yield Sample(metric, value, {**name, "engine": engine})
     raised = {alarm["kind"] for alarm in decided["alarms"]}
     for kind in AlarmKind:
         yield Sample("edgewarden_alarm", float(kind.value in raised), {**name, "kind": kind.value})

@@ -101,6 +101,8 @@ def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     yield _row("latency", _latency(service, look))
     yield _row("guards", _guards(service, look))
     yield _row("drift", _drift(service, look))
+    if service.get("harm"):
+        yield _row("harm", _harm(service, look))
 
 
 def _complaints(service: Document) -> Iterator[str]:
@@ -185,6 +187,24 @@ def _drift(service: Document, look: Look) -> str:
     named = ", ".join(f"{name} {100 * shares[name]:.0f} %" for name in top if shares[name] > 0)
     evidence = f"evidence {100 * drift['evidence']:.0f} % of the threshold" + (f" (most: {named})" if named else "")
     return f"{state} · {evidence} · {rows:,} rows"
+
+
+def _harm(service: Document, look: Look) -> str:
+    """What witnesses say: engines with other inputs, each as far as its own inputs look as ever."""
+    harm = service["harm"]
+    against = {name.removeprefix("harm:"): value for name, value in harm.items() if name.startswith("harm:")}
+    loud = [name.removeprefix("quietness:") for name, value in harm.items() if _is_loud(name, value)]
+    if harm["harmful"]:
+        state = look.paint("the drift does harm", "red")
+    elif against:
+        state = ", ".join(f"{name} {100 * value:.0f} %" for name, value in against.items()) + " of what would be harm"
+    else:
+        state = "witnesses are not asked while nothing drifts"
+    return state + (f" · not believed now: {', '.join(loud)}" if loud and against else "")
+
+
+def _is_loud(name: str, value: float) -> bool:
+    return name.startswith("quietness:") and value >= 0.5
 
 
 def _device(status: Document, look: Look) -> Iterator[str]:
