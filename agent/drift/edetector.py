@@ -71,6 +71,7 @@ _CLIP: Final = np.float32(CLIP)
 _SQUARE_CLIP: Final = np.float32(SQUARE_CLIP)
 _LARGEST: Final = np.float32(60.0)  # of an exponent: far over the ceiling, and no overflow
 _FORGIVEN: Final = np.float32(0.1)  # nats a batch: a plug-in bet that waits for a direction has exponent 0
+_LOG_3: Final = math.log(3.0)
 _SHORTEST: Final = 1e-12
 
 Floats = NDArray[np.float64]
@@ -171,7 +172,7 @@ class EDetector:
         self._learn = (learn / k).astype(np.float32)[:, None]
         self._keep_means = (1 - learn).astype(np.float32)[:, None]
         # an exponential mean of n rows' worth has 1/n of a row's variance
-        self._worth = k * (2 - learn) / learn
+        self._worth: list[float] = (k * (2 - learn) / learn).tolist()
         self._noise = w + 1.5 * math.sqrt(2 * w)  # what a whitened mean of pure noise has, and some more
         self._forget = np.float32(2 / (COVARIANCE_ROWS / k + 1))
         square = np.zeros((2, w, w), dtype=np.float32)
@@ -182,6 +183,7 @@ class EDetector:
         self._expected = self._pair_mean + np.eye(w, dtype=np.float32)
         self._pair_bets = np.array(PAIR_BETS)
         self._axis_bets = np.array(AXIS_BETS)
+        self._axis_rest = 1.0 - self._axis_bets
         self._spread_weight = (1 / (model.variance_scale * model.dense_scale)).astype(np.float32)
         middle = (model.variance_centre / model.variance_scale).sum() + model.dense_centre
         self._spread_middle = np.float32(middle / model.dense_scale)
@@ -191,8 +193,9 @@ class EDetector:
         self._before[w : 2 * w] = model.variance_centre
         self._both = np.empty((k, 2 * w + 1), dtype=np.float32)
         self._exponent = np.empty(len(self.family), dtype=np.float32)
+        self._still = np.empty(len(self.family), dtype=bool)
+        self._squared = np.empty((w, w), dtype=np.float32)
         self._gain = np.empty((k, self._axis_at + len(AXIS_BETS)))
-        self._variance = np.zeros(self._axis_at)
 
     def reset(self) -> None:
         """Forget all evidence and everything learnt of the stream."""
@@ -212,7 +215,7 @@ class EDetector:
         white = batch.z @ self._whitening
         self._sum(batch)
         linear = exponent[: self._linear]
-        np.take(self._statistic, self._which, out=linear)
+        np.take(self._statistic, self._which, out=linear, mode="clip")  # "raise" would copy
         linear *= self._linear_coefficient
         linear -= self._charge
         exponent[self._linear : self._bins_at] = self._plug_in_exponents(batch.z, white)
@@ -378,7 +381,7 @@ class EDetector:
                 return one.sign * self._spread(np.minimum(z * z, np.float32(SQUARE_CLIP))).astype(np.float64), CLIP
             case "pair":
                 product = self._product(z @ self._whitening, one.at, one.other)
-                return one.sign * (product - float(self._pair_mean[one.at, one.other])), 2 * CLIP
+                return one.sign * (product.astype(np.float64) - float(self._pair_mean[one.at, one.other])), 2 * CLIP
             case "axis":
                 along = (z @ self._whitening @ one.direction).astype(np.float64)
                 return np.minimum(along**2, SQUARE_CLIP) - 1.0, SQUARE_CLIP - 1.0
@@ -410,11 +413,13 @@ class EDetector:
     # --- the bets ---
     def _bet(self, exponent: Singles) -> None:
         """R <- (R + 1) E for all; beside it a CUSUM of each exponent, whose last zero is the likeliest change."""
-        self._climb += exponent
-        self._climb -= _FORGIVEN
-        np.maximum(self._climb, _ZERO, out=self._climb)
+        climb, still = self._climb, self._still
+        climb += exponent
+        climb -= _FORGIVEN
+        np.maximum(climb, _ZERO, out=climb)
         self._age += _ONE
-        self._age *= self._climb > _ZERO
+        np.greater(climb, _ZERO, out=still)
+        self._age *= still
         np.minimum(exponent, _LARGEST, out=exponent)
         np.exp(exponent, out=exponent)
         self.wealth += _ONE
@@ -441,56 +446,65 @@ class EDetector:
 
     def _plug_in_exponents(self, z: Singles, white: Singles) -> Floats:
         """Log of each plug-in bet: mean along three directions, the oddest pair, the widest axis."""
-        level, gain = self._level_bets, self._gain
-        quadratic = gain[:, : self._axis_at]
+        level, axis, gain = self._level_bets, self._axis_at, self._gain
+        pay = [0.0] * (axis + len(AXIS_BETS))  # log of what each bet costs a row
         direction, length = self._directions()
         if direction is None:
             gain[:, :level] = 0.0
-            self._variance[:level] = 0.0
         else:
             along = direction @ self._whitening
-            band = length * self._model.radius
-            if self._tolerates:
-                band = np.maximum(band, np.abs(along) @ self._model.tolerance_sd)
             gain[:, :level] = z @ along.T
-            gain[:, :level] -= band
-            self._variance[:level] = self._model.inflation * length * length
-        if level < self._axis_at:
+            gain[:, :level] -= self._level_band(along, length)
+            pay[:level] = [math.log1p(self._model.inflation * each * each / 3.0) for each in length]
+        if level < axis:
             i, j, sign = self._oddest_pair()
             square = float(self._pair_square[i, j])
-            x = sign * (self._product(white, i, j) - float(self._pair_mean[i, j])) - self._pair_band(i, j, square)
-            np.multiply(x[:, None], self._pair_bets, out=gain[:, level : self._axis_at])
-            self._variance[level:] = square * self._pair_bets**2
-        quadratic += quadratic * quadratic / 3.0
-        q = (white @ self._axis).astype(np.float64)
+            band = sign * float(self._pair_mean[i, j]) + self._pair_band(i, j, square)
+            pair = gain[:, level:axis]
+            np.multiply(self._product(white, i, j)[:, None], sign * self._pair_bets, out=pair)
+            pair -= band * self._pair_bets
+            pay[level:axis] = [math.log1p(square * bet * bet / 3.0) for bet in PAIR_BETS]
+        quadratic = gain[:, :axis]  # 1 + x + x^2/3 = ((x + 3/2)^2 + 3/4) / 3
+        quadratic += 1.5
+        quadratic *= quadratic
+        quadratic += 0.75
+        pay[:axis] = [each + _LOG_3 for each in pay[:axis]]
+        q = white @ self._axis
         q *= q
-        q /= self._largest_variance()
-        q -= 1.0
-        np.multiply(q[:, None], self._axis_bets, out=gain[:, self._axis_at :])
-        exponent: Floats = self._ones64 @ np.log1p(gain)
-        exponent[: self._axis_at] -= BATCH_ROWS * np.log1p(self._variance / 3.0)
-        return exponent
+        wide = gain[:, axis:]
+        np.multiply(q[:, None], self._axis_bets / self._largest_variance(), out=wide)
+        wide += self._axis_rest
+        won: list[float] = (self._ones64 @ np.log(gain)).tolist()
+        return np.array([one - BATCH_ROWS * cost for one, cost in zip(won, pay, strict=True)])
 
-    def _directions(self) -> tuple[Singles | None, Floats]:
+    def _directions(self) -> tuple[Singles | None, list[float]]:
         """Plug-in directions in whitened space, one a scale, shrunk towards none; and their lengths. None: all 0."""
         learnt = self._means[:, : self._width] @ self._whitening
-        squares = ((learnt * learnt) @ self._ones_w).astype(np.float64)
-        known = squares * self._worth
-        if known.max() <= self._noise:
-            return None, np.zeros(len(SCALES_ROWS))
-        length = np.sqrt(squares) * np.maximum(0.0, 1.0 - self._noise / np.maximum(known, 1e-12))
-        length = np.minimum(length, LONGEST_DIRECTION)
-        learnt *= (length / np.sqrt(np.maximum(squares, 1e-24))).astype(np.float32)[:, None]
-        return learnt, length
+        squares: list[float] = ((learnt * learnt) @ self._ones_w).tolist()
+        lengths = [
+            min(math.sqrt(square) * max(0.0, 1.0 - self._noise / max(square * worth, 1e-12)), LONGEST_DIRECTION)
+            for square, worth in zip(squares, self._worth, strict=True)
+        ]
+        if not any(lengths):
+            return None, lengths
+        kept = [length / math.sqrt(max(square, 1e-24)) for length, square in zip(lengths, squares, strict=True)]
+        learnt *= np.array(kept, dtype=np.float32)[:, None]
+        return learnt, lengths
+
+    def _level_band(self, along: Singles, length: list[float]) -> Floats:
+        band = np.array(length) * self._model.radius
+        if self._tolerates:
+            band = np.maximum(band, np.abs(along) @ self._model.tolerance_sd)
+        return band
 
     def _pair_band(self, i: int, j: int, square: float) -> float:
         tolerance = self._model.tolerance_sd
         return max(self._model.pair_band, float(tolerance[i]), float(tolerance[j])) * math.sqrt(square)
 
-    def _product(self, white: Singles, i: int, j: int) -> Floats:
-        product = (white[:, i] * white[:, j]).astype(np.float64)
-        np.minimum(product, CLIP, out=product)
-        return np.maximum(product, -CLIP, out=product)
+    def _product(self, white: Singles, i: int, j: int) -> Singles:
+        product: Singles = white[:, i] * white[:, j]
+        np.minimum(product, _CLIP, out=product)
+        return np.maximum(product, -_CLIP, out=product)
 
     def _oddest_pair(self) -> tuple[int, int, float]:
         off = self._products - self._expected
@@ -511,7 +525,7 @@ class EDetector:
         """After the bets: what was learnt from a batch is for the next ones only."""
         self._means *= self._keep_means
         self._means += self._learn * self._statistic
-        products = white.T @ white
+        products = np.matmul(white.T, white, out=self._squared)
         products *= self._forget / np.float32(BATCH_ROWS)
         self._products *= _ONE - self._forget
         self._products += products
