@@ -510,6 +510,8 @@ class EDetector:
         off = self._products - self._expected
         off.flat[:: self._width + 1] = 0.0
         i, j = divmod(int(np.abs(off).argmax()), self._width)
+        if i == j:  # nothing was learnt yet
+            i, j = 0, 1
         return i, j, 1.0 if off[i, j] >= 0 else -1.0
 
     def _largest_variance(self) -> float:
