@@ -58,7 +58,8 @@ class MomentWindow:
 
     `sums`, `squares`: per feature, of the integers of `fixed`. `classes`: rows per predicted class.
     `counters`: rows that were odd, by name (not_finite, dead:gx, gap, ...). A row that is not finite adds to
-    `counters["not_finite"]` only.
+    `counters["not_finite"]` only. `products`: of each pair of features, the upper triangle row by row (0*1, 0*2, ...,
+    1*2, ...), for views whose relations a host wants to see; () = not carried.
     """
 
     fixed: FixedPoint
@@ -67,11 +68,13 @@ class MomentWindow:
     squares: tuple[int, ...]
     classes: tuple[int, ...] = ()
     counters: dict[str, int] = field(default_factory=dict)
+    products: tuple[int, ...] = ()
 
     @classmethod
-    def empty(cls, fixed: FixedPoint, *, classes: int = 0) -> MomentWindow:
+    def empty(cls, fixed: FixedPoint, *, classes: int = 0, with_products: bool = False) -> MomentWindow:
         zeros = (0,) * fixed.width
-        return cls(fixed, 0, zeros, zeros, (0,) * classes)
+        pairs = fixed.width * (fixed.width - 1) // 2 if with_products else 0
+        return cls(fixed, 0, zeros, zeros, (0,) * classes, products=(0,) * pairs)
 
     def add(
         self, features: NDArray[Any], predicted: NDArray[Any], counted: Mapping[str, int] | None = None
@@ -91,6 +94,7 @@ class MomentWindow:
                 tuple((numbers * numbers).sum(axis=0).tolist()),
                 tuple(np.bincount(known, minlength=len(self.classes)).tolist()) if self.classes else (),
                 {name: count for name, count in odd.items() if count},
+                _products(numbers) if self.products else (),
             )
         )
 
@@ -98,9 +102,10 @@ class MomentWindow:
         """The window of all rows of both, bit for bit the one a single pass would have made.
 
         Raises:
-            ContractError: the two were not made with the same reference.
+            ContractError: the two were not made with the same reference, or not both carry products.
         """
-        if self.fixed != other.fixed or len(self.classes) != len(other.classes):
+        alike = len(self.classes) == len(other.classes) and len(self.products) == len(other.products)
+        if self.fixed != other.fixed or not alike:
             raise ContractError(
                 "two drift windows of different references were merged", hint="Merge per reference digest."
             )
@@ -111,6 +116,7 @@ class MomentWindow:
             _plus(self.squares, other.squares),
             _plus(self.classes, other.classes),
             dict(sorted((Counter(self.counters) + Counter(other.counters)).items())),
+            _plus(self.products, other.products),
         )
 
     def mean(self) -> NDArray[np.float64]:
@@ -122,10 +128,30 @@ class MomentWindow:
         variance = self._moment(self.squares, 2) - self._moment(self.sums, 1) ** 2
         return np.array(self.fixed.scale) * np.sqrt(np.maximum(variance, 0.0))
 
+    def correlation(self) -> NDArray[np.float64]:
+        """(features, features), of the clipped numbers; NaN without rows or products, and where nothing varies."""
+        width = self.fixed.width
+        if not self.rows or not self.products:
+            return np.full((width, width), np.nan)
+        mean = self._moment(self.sums, 1)
+        second = np.diag(self._moment(self.squares, 2))
+        second[np.triu_indices(width, 1)] = self._moment(self.products, 2)
+        covariance = second + np.triu(second, 1).T - np.outer(mean, mean)
+        sd = np.sqrt(np.maximum(np.diag(covariance), 0.0))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            correlation: NDArray[np.float64] = covariance / np.outer(sd, sd)
+        return correlation
+
     def _moment(self, sums: tuple[int, ...], power: int) -> NDArray[np.float64]:
         if not self.rows:
             return np.full(self.fixed.width, np.nan)
         return np.array(sums, dtype=np.float64) / (self.rows * float(1 << self.fixed.fraction_bits) ** power)
+
+
+def _products(numbers: NDArray[np.int64]) -> tuple[int, ...]:
+    # exact: |number| <= 4 * 2**20 by the limits of FixedPoint, so 2**19 rows are far from overflowing an int64
+    full = numbers.T @ numbers
+    return tuple(full[np.triu_indices(len(full), 1)].tolist())
 
 
 def _plus(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:

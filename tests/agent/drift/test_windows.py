@@ -11,8 +11,8 @@ from agent.drift import FixedPoint, MomentWindow
 FIXED = FixedPoint(centre=(0.0, 1.0, -5.0), scale=(1.0, 0.1, 20.0))
 
 
-def window_of(rows: np.ndarray, predicted: np.ndarray) -> MomentWindow:
-    return MomentWindow.empty(FIXED, classes=3).add(rows, predicted)
+def window_of(rows: np.ndarray, predicted: np.ndarray, *, with_products: bool = True) -> MomentWindow:
+    return MomentWindow.empty(FIXED, classes=3, with_products=with_products).add(rows, predicted)
 
 
 @given(
@@ -28,7 +28,7 @@ def test_merging_any_parts_in_any_order_is_the_pooled_window_bit_for_bit(seed: i
     edges = [0, *sorted(cuts), 60]
     parts = [window_of(rows[a:b], predicted[a:b]) for a, b in itertools.pairwise(edges)]
     order.shuffle(parts)
-    merged = MomentWindow.empty(FIXED, classes=3)
+    merged = MomentWindow.empty(FIXED, classes=3, with_products=True)
     for part in parts:
         merged = merged.merge(part)
     assert merged == window_of(rows, predicted)
@@ -62,6 +62,29 @@ def test_odd_rows_are_counted_by_name_and_the_names_are_sorted() -> None:
     nothing = np.zeros((0, 3)), np.zeros(0, dtype=int)
     merged = empty.add(*nothing, {"stuck:gx": 2}).merge(empty.add(*nothing, {"dead:ax": 1, "stuck:gx": 1}))
     assert list(merged.counters.items()) == [("dead:ax", 1), ("stuck:gx", 3)]
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_products_are_those_of_the_integers_one_pair_after_another(seed: int) -> None:
+    rows = np.random.default_rng(seed).normal(0.0, 3.0, (20, 3))
+    window = window_of(rows, np.zeros(20, dtype=int))
+    steps = [[int(number) for number in row] for row in FIXED.quantize(rows)]
+    pairs = ((0, 1), (0, 2), (1, 2))
+    assert window.products == tuple(sum(row[i] * row[j] for row in steps) for i, j in pairs)
+    assert window_of(rows, np.zeros(20, dtype=int), with_products=False).products == ()
+
+
+def test_the_correlation_comes_back() -> None:
+    generator = np.random.default_rng(3)
+    rows = generator.multivariate_normal((0.0, 1.0, -5.0), [[1, 0.06, 0], [0.06, 0.01, 0], [0, 0, 400]], 5000)
+    window = window_of(rows, np.zeros(5000, dtype=int))
+    assert window.correlation() == pytest.approx(np.corrcoef(rows.T), abs=0.02)
+    assert np.isnan(MomentWindow.empty(FIXED, with_products=True).correlation()).all()
+
+
+def test_a_window_with_products_and_one_without_refuse_to_merge() -> None:
+    with pytest.raises(ContractError):
+        MomentWindow.empty(FIXED).merge(MomentWindow.empty(FIXED, with_products=True))
 
 
 def test_an_empty_window_knows_no_mean() -> None:
