@@ -32,7 +32,7 @@ from agent.contract.artifact import (
     sha256,
 )
 from agent.drift import channel_features, dump_reference, feature_names
-from compressor.reference import ViewRows, build_reference, channel_view_names, guard_statistics
+from compressor.reference import ViewRows, WitnessRows, build_reference, channel_view_names, guard_statistics
 
 CHANNELS = ("ax", "ay", "az", "gx", "gy", "gz")
 GROUPS = {name: "accel" if name.startswith("a") else "gyro" for name in CHANNELS}
@@ -81,6 +81,13 @@ def gyro_off(windows: Array) -> Array:
     return broken
 
 
+def gyro_turned(windows: Array) -> Array:
+    """The same windows with a gyro whose axes changed places: nothing is dead, stuck or of another unit."""
+    broken = windows.copy()
+    broken[:, :, 3:] = windows[:, :, [4, 5, 3]]
+    return broken
+
+
 def build_artifacts(folder: Path) -> dict[str, Path]:
     """Write wrist, wrist-accel, wrist-floor and wrist-faulty below `folder`; returns their folders by name."""
     train, held_out = record(seed=2), record(seed=3)
@@ -90,7 +97,7 @@ def build_artifacts(folder: Path) -> dict[str, Path]:
         "wrist-faulty": _fit(train, range(24)),
     }
     card = _card(held_out, weights)
-    reference = _reference(train, held_out, weights["wrist"])
+    reference = _reference(train, held_out, weights["wrist"], weights["wrist-accel"])
     made = {}
     for name, fitted in weights.items():
         blobs = {
@@ -238,14 +245,19 @@ def _golden(data: Recordings, fitted: tuple[Array, Array], *, faulty: bool) -> b
     return file.getvalue()
 
 
-def _reference(train: Recordings, held_out: Recordings, fitted: tuple[Array, Array]) -> bytes:
+def _reference(
+    train: Recordings, held_out: Recordings, fitted: tuple[Array, Array], of_accel: tuple[Array, Array]
+) -> bytes:
     def rows(data: Recordings) -> ViewRows:
         predicted = probability(data.windows, fitted).argmax(axis=1)
         return ViewRows(channel_features(data.windows).astype(np.float64), predicted, data.recordings)
 
     names = channel_view_names(CHANNELS, GROUPS, LABELS)
     guard = guard_statistics(train.windows, CHANNELS, GROUPS)
-    return dump_reference(build_reference(rows(train), names, guard=guard, held_out=rows(held_out)))
+    witness = WitnessRows("wrist-accel", tuple(range(12)), probability(train.windows, of_accel).argmax(axis=1))
+    return dump_reference(
+        build_reference(rows(train), names, guard=guard, held_out=rows(held_out), witnesses=[witness])
+    )
 
 
 def _card(data: Recordings, weights: dict[str, tuple[Array, Array]]) -> bytes:

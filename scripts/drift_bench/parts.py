@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scripts.drift_bench import cells, cost, delays, merging, real, wrist
+from scripts.drift_bench import cells, cost, delays, harm, merging, real, wrist
 
 Found = dict[str, Any]
 
@@ -62,6 +62,15 @@ def wrists(bench: Bench) -> Found:
     return wrist.measure(bench.build, bench.scratch, bench.note)
 
 
+def switches(bench: Bench) -> Found:
+    folds, runs = (wrist.FOLDS[:1], 2) if bench.quick else (wrist.FOLDS, harm.RUNS)
+    devices = [
+        harm.open_device(fold, bench.build / "cache", bench.scratch / f"device-{fold[0]}", bench.note)
+        for fold in folds
+    ]
+    return harm.measure_switches(devices, runs, bench.note)
+
+
 def merge(bench: Bench) -> Found:
     fold = wrist.open_fold(wrist.FOLDS[0], bench.build / "cache", bench.scratch / "merge", bench.note)
     found = merging.bit_equal(fold.reference, fold.clean, 10 if bench.quick else merging.TRIALS)
@@ -85,6 +94,7 @@ PARTS: Mapping[str, tuple[Callable[[Bench], Found], float]] = {
     "delay": (delay, 120.0),
     "cost": (costs, 150.0),
     "wrist": (wrists, 240.0),
+    "switches": (switches, 420.0),
     "merge": (merge, 10.0),
     "employment": (employment, 60.0),
     "shuttle": (shuttle, 15.0),

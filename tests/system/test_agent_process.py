@@ -9,14 +9,16 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from agent.client import Client
 from agent.contract.errors import InvalidRequest, UnknownModel
-from tests.artifacts import gyro_off, record
+from tests.artifacts import gyro_off, gyro_turned, record
 from tests.system.conftest import Agent, Load, wait_until
 
 pytestmark = pytest.mark.system
@@ -100,6 +102,39 @@ def test_a_broken_sensor_is_named_and_the_better_fallback_answers(agent: Agent) 
     assert "wrist-accel" in screen
     assert "gx, gy, gz dead" in screen
     assert "estimate" in screen or "measured" in screen
+
+
+def test_a_drift_that_a_quiet_witness_contradicts_switches_and_the_model_returns_when_it_ends(agent: Agent) -> None:
+    agent.write('[clock]\nsource = "data"\n[fallback]\ndwell_s = 10.0\nprobation_s = 5.0\n')
+    agent.start()
+    clean = record(seed=9).windows[::4]  # six windows of each recording: many stays in one class
+    turned = gyro_turned(clean)
+    time_s = 1e6
+    with Client(agent.address) as client:
+
+        def play(windows: np.ndarray, until: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+            nonlocal time_s
+            for window in itertools.islice(itertools.cycle(windows), 400):
+                time_s += 64 / 50
+                client.infer("wrist", {"window": window[None]}, time_s=time_s)
+                wait_until(lambda: agent.status()["ring"]["behind"] == 0, "the agent keeps up with the data")
+                service = agent.service()
+                if until(service):
+                    return service
+            pytest.fail(f"never {what}: {agent.service()}")
+
+        play(clean, lambda service: service["drift"]["rows"] >= 42, "known")
+        service = play(turned, lambda service: service["phase"] == "fallback", "switched")
+        assert (service["serving"], service["why"]) == ("wrist-accel", "harm")
+        assert {alarm["kind"] for alarm in service["alarms"]} == {"drift", "harm"}
+        assert "disagrees on" in service["reason"]
+        assert "the drift does harm" in agent.command("status").stdout
+        requests = service["counters"]["requests"]
+        assert requests == service["drift"]["rows"]  # what witnesses say is no request
+        assert service["counters"]["rows_witnessed"] >= 8
+        assert play(clean, lambda service: service["phase"] == "probation", "on probation")["serving"] == "wrist"
+        service = play(clean, lambda service: service["phase"] == "preferred", "back")
+        assert (service["serving"], service["alarms"]) == ("wrist", [])
 
 
 def test_the_preferred_engine_returns_after_dwell_and_probation_in_the_time_of_the_data(agent: Agent) -> None:
