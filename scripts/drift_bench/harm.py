@@ -1,8 +1,8 @@
 """Switches on the wrist: does the device leave its model when, and only when, another is better?
 
 The shipped parts decide: the guard's bits and their counters, the drift monitor, the witnesses of the reference
-(agent.drift.harm) and the choice among engines by the card. Witnesses are asked from the row after the first suspicion
-on, as a device asks them. A run puts a fault into the stream of known wearers after CLEAN_ROWS to twice as many rows
+(agent.drift.harm) and the choice among engines by the card. Witnesses are asked from the row after the first
+suspicion on, as a device asks them. A run puts a fault into the stream of known wearers after CLEAN_ROWS to twice as many rows
 and follows it for FAULT_ROWS; what matters is the first switch.
 """
 
@@ -449,7 +449,7 @@ def measure_switches(devices: Sequence[Device], runs: int, say: Say, *, seed: in
     pooled = {
         name: Runs(name, tuple(one for each in ones for one in each.switches)) for name, ones in results.items()
     }
-    sessions = [session for device in devices for session in newcomers(device, max(1, runs // 3), seed)]
+    sessions = [session for device in devices for session in newcomers(device, runs, seed)]
     healed = [one for device in devices for one in heal(device, device.bench.task.fault("swap_xy"), HEALS, seed)]
     switched = [one for one in healed if one.switched_row is not None]
     harmless = [one for name in ("untouched", *_expected(faults, "harmless")) for one in pooled[name].switches]
