@@ -32,6 +32,7 @@ NAMING_ROWS: Final = 8  # rows over which suspicion is averaged
 REARM_SHARE: Final = 0.5  # of the threshold: below it the stream counts as back
 REARM_ROWS: Final = 16  # that many rows in a row below it end a finding
 NAMED_SHARE: Final = 0.25  # of the strongest suspicion: channels above it are named too
+FARTHEST_SD: Final = 64.0  # of the reference: a feature is looked at up to here, so one wild number is no sum's end
 LEAST_BLAME: Final = 2.0  # times the reference's 90 % quantile, over a whole excursion: below it nobody is to blame
 
 Floats = NDArray[np.float64]
@@ -109,6 +110,8 @@ class RegimeMonitor:
         self._columns = np.asarray(model.columns, dtype=np.int64)
         self._distance = RegimeDistance(model.regime_means, model.covariance, channel_of, cap=model.score_cap)
         self._residual = ClassResidual(model.class_means, model.class_covariance, channel_of)
+        centre, scale = (array.astype(np.float64)[self._columns] for array in (reference.centre, reference.scale))
+        self._least, self._most = centre - FARTHEST_SD * scale, centre + FARTHEST_SD * scale
         self._components = ("total", *self._channels)
         self._alarms = 0
         self._skipped = 0
@@ -135,7 +138,8 @@ class RegimeMonitor:
         that is not finite is counted and skipped: broken numbers are the guard's to judge.
         """
         del time_s
-        rows = np.asarray(features, dtype=np.float64)[:, self._columns]
+        rows = np.clip(np.asarray(features, dtype=np.float64)[:, self._columns], self._least, self._most)
+        rows[~np.isfinite(np.asarray(features)[:, self._columns])] = np.nan  # infinity is broken, not far away
         found = []
         for number, label in enumerate(np.asarray(predicted).tolist()):
             finding = self._follow_row(rows[number : number + 1], label)
