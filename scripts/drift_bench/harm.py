@@ -2,8 +2,8 @@
 
 The shipped parts decide: the guard's bits and their counters, the drift monitor, the witnesses of the reference
 (agent.drift.harm) and the choice among engines by the card. Witnesses are asked from the row after the first
-suspicion on, as a device asks them. A run puts a fault into the stream of known wearers after CLEAN_ROWS to twice as many rows
-and follows it for FAULT_ROWS; what matters is the first switch.
+suspicion on, as a device asks them. A run puts a fault into the stream of known wearers after CLEAN_ROWS to twice as
+many rows and follows it for FAULT_ROWS; what matters is the first switch.
 """
 
 from __future__ import annotations
