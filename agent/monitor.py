@@ -65,7 +65,7 @@ section 4: what is open for 64 windows without harm is a lasting change, not a p
 DRIFT_ROWS_PER_S: Final = 1000.0
 """Rows the regime monitor follows at most, a twentieth of a core (45 us a row, drift-wrist.md section 6). Above it
 every k-th row is followed and the others are counted as thinned; drift windows still see every row. Each witness of
-a reference has a model of its own to follow: with three of them a quarter as many rows."""
+a reference has a model of its own to follow: with three of them (75 us a row more) a quarter as many rows."""
 DRIFT_ROWS_AT_ONCE: Final = 8192  # after a pause: eight seconds' worth
 GUARD_ROWS_PER_S: Final = 1000.0
 """Rows with changing guard bits that are followed at most, 2 % of a core (20 us a row). Above it the older ones

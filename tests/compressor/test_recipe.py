@@ -27,7 +27,8 @@ def test_the_shipped_recipes_are_valid_and_differ_only_in_effort() -> None:
     full, quick = (read_recipe(root / WRIST / name) for name in ("recipe.toml", "recipe.quick.toml"))
     efforts = {"model", "measure", "faults"}
     assert full.model_dump(exclude=efforts) == quick.model_dump(exclude=efforts)
-    assert [m.name for m in full.model] == [m.name for m in quick.model] == ["teacher", "c48", "c12", "accel"]
+    models = ["teacher", "c48", "c12", "accel", "gyro", "norm"]
+    assert [m.name for m in full.model] == [m.name for m in quick.model] == models
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name_and_its_line(tmp_path: Path, tiny_recipe: Path) -> None:
