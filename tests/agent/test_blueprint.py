@@ -60,6 +60,17 @@ def test_the_configuration_overrides_what_the_manifest_says(artifacts: dict[str,
     assert made.monitor.latency_p95_us == 500.0
 
 
+def test_whether_harm_switches_is_configured(artifacts: dict[str, Path]) -> None:
+    (made,) = draw_up(configure(artifacts))
+    assert made.reference is not None
+    assert [one.engine for one in made.reference.witnesses] == ["wrist-accel"]
+    assert made.monitor.accuracy["wrist-accel"] == made.policy.card["wrist-accel"].accuracy
+    assert AlarmKind.HARM in made.policy.switching
+    (told,) = draw_up(configure(artifacts, drift={"switch": False, "least_gain": 0.3}))
+    assert told.policy.switching == made.policy.switching - {AlarmKind.HARM}
+    assert told.policy.least_gain == 0.3
+
+
 def test_single_channels_have_policies_of_their_own(artifacts: dict[str, Path], tmp_path: Path) -> None:
     manifest = json.loads((artifacts["wrist"] / MANIFEST).read_bytes())
     manifest["inputs"][0]["channels"][0] |= {"missing": "impute", "out_of_range": "clip"}

@@ -117,3 +117,20 @@ def test_nonsense_in_details_is_harmless() -> None:
 def test_other_events_and_other_devices_do_not_mix() -> None:
     found = evidence.standing([event("fallback"), event("drift"), event("drift", device="w2")])
     assert sorted(entry.device for entry in found) == ["w1", "w2"]
+
+
+def test_harm_marks_the_drift_it_was_said_of_and_ends_with_it() -> None:
+    begun = [
+        event("drift", channels=("ax",), raised=True, alarm="drift", level="drift", reference="r1"),
+        event("drift", at=2.0, raised=True, alarm="harm", level="harmful", better="wrist-norm"),
+    ]
+    (standing,) = evidence.standing(begun)
+    assert (standing.harmful, standing.channels, standing.reference) == (True, ("ax",), "r1")
+    lasting = event("drift", at=3.0, channels=("ax",), raised=True, alarm="drift", level="drift")
+    (standing,) = evidence.standing([*begun, lasting])
+    assert standing.harmful
+    over = event("drift", at=4.0, channels=("ax",), raised=False, alarm="drift", level="ok")
+    assert evidence.standing([*begun, over]) == []
+    again = event("drift", at=5.0, channels=("ax",), raised=True, alarm="drift", level="drift")
+    (standing,) = evidence.standing([*begun, over, again])
+    assert not standing.harmful
