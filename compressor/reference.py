@@ -16,6 +16,7 @@ dependent stream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -54,7 +55,8 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ViewRows:
-    """Rows of one view. features: (rows, features); predicted: (rows,) class numbers; recordings: (rows,) ids.
+    """Rows of one view. features: (rows, features); predicted: (rows,) class numbers; recordings: (rows,) ids;
+    times_s: (rows,) seconds of the data, where they are known.
 
     Within a recording the rows are in time order.
     """
@@ -62,12 +64,17 @@ class ViewRows:
     features: Floats
     predicted: NDArray[np.int64]
     recordings: NDArray[np.int64]
+    times_s: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, index: NDArray[Any]) -> ViewRows:
-        return ViewRows(self.features[index], self.predicted[index], self.recordings[index])
+        times_s = None if self.times_s is None else self.times_s[index]
+        return ViewRows(self.features[index], self.predicted[index], self.recordings[index], times_s)
+
+    def time_or_nan(self) -> Floats:
+        return np.full(len(self), np.nan) if self.times_s is None else self.times_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +108,12 @@ def channel_view_names(
     each = len(CHANNEL_FEATURES)
     channel_of = tuple(index // each for index in range(each * len(channels))) + (-1,) * each * len(combinations)
     return ViewNames(feature_names((*channels, *combinations)), channels, channel_of, groups, labels)
+
+
+def feature_view_names(features: tuple[str, ...], labels: tuple[str, ...]) -> ViewNames:
+    """Names of a view whose features stand for themselves: each is its own channel."""
+    groups = {name: name for name in features}
+    return ViewNames(features, features, tuple(range(len(features))), groups, labels)
 
 
 def guard_statistics(windows: NDArray[Any], channels: tuple[str, ...], groups: Mapping[str, str]) -> GuardStatistics:
@@ -210,6 +223,7 @@ def measure_claim(
     """
     monitor = _monitor(reference)
     generator = np.random.default_rng(SEED)
+    orders = min(orders, math.factorial(min(5, len(np.unique(held_out.recordings)))))  # there are no more
     alarms = 0
     for _ in range(orders):
         order = _shuffled_recordings(held_out.recordings, generator)
@@ -244,7 +258,7 @@ def _monitor(reference: Reference) -> DriftMonitor:
 def _raises(monitor: DriftMonitor, rows: ViewRows, index: int) -> Finding | None:
     """The finding that begins at this row."""
     one = slice(index, index + 1)
-    found = monitor.follow(rows.features[one], rows.predicted[one], np.full(1, np.nan))
+    found = monitor.follow(rows.features[one], rows.predicted[one], rows.time_or_nan()[one])
     return next((finding for _, finding in found if finding.raised), None)
 
 
