@@ -15,7 +15,7 @@ import zstandard
 from agent.drift import MomentWindow, Reference, dump_reference
 from scripts.drift_bench.ours import CLAIM_ROWS, stationary_reference, watching
 from scripts.drift_bench.streams import Source
-from scripts.drift_bench.workers import ALIBI, FROUROS, PEERS, RIVER, Worker, open_ours, open_peer
+from scripts.drift_bench.workers import ALIBI, FROUROS, OLD_RIVER, RIVER, Worker, open_ours, open_peer
 from scripts.lib.environments import Failed
 from scripts.lib.goals import median, ratio
 from scripts.lib.machine import ROOT
@@ -29,6 +29,7 @@ WINDOW_ROWS = 256
 # what is timed: (peer, detector, its default knob, rows a round)
 TIMED = (
     (RIVER, "adwin", 0.002, 2_048),
+    (OLD_RIVER, "adwin", 0.002, 1_024),
     (RIVER, "page_hinkley", 50.0, 2_048),
     (RIVER, "kswin", 0.005, 16),
     (FROUROS, "cusum", 50.0, 256),
@@ -45,6 +46,7 @@ def measure(build: Path, say: Say, *, rounds: int = ROUNDS, quick: bool = False)
     prepared: dict[str, Any] = {}
     unreachable: dict[str, str] = {}
     workers: list[tuple[str, Worker, int]] = []
+    versions: dict[str, dict[str, str]] = {}
     own = open_ours(build)
     try:
         prepared["ours"] = own.ask(300, do="prepare", detector="suite", knob=CLAIM_ROWS, d=D, n_ref=N_REF)
@@ -55,7 +57,7 @@ def measure(build: Path, say: Say, *, rounds: int = ROUNDS, quick: bool = False)
                 continue
             say(f"preparing {name}")
             try:
-                worker, _ = open_peer(peer, build)
+                worker, versions[peer.name] = open_peer(peer, build)
                 workers.append((name, worker, rows))
                 prepared[name] = worker.ask(600, do="prepare", detector=detector, knob=knob, d=D, n_ref=2_000)
                 costs[name] = []
@@ -84,9 +86,10 @@ def measure(build: Path, say: Say, *, rounds: int = ROUNDS, quick: bool = False)
         "": {"reference_bytes": sizes["reference"]},
         "details": {
             "us_per_row": us, "batch_rows": BATCH, "bytes": sizes, "prepared": prepared, "unreachable": unreachable,
+            "old_adwin_over_ours": _over(us, "river-0.23 adwin"),
             "rss_mb": {"a process with our monitor": rss_mb(reference, build)}
             | {name: told["rss_mb"] for name, told in prepared.items() if name != "ours"},
-            "versions": {peer.name: peer.packages for peer in PEERS},
+            "versions": versions,
         },
     }  # fmt: skip
 

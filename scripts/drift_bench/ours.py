@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -79,9 +81,11 @@ def stationary_reference(rows: Rows, *, claim_rows: int = CLAIM_ROWS, tolerance_
 
     Raises: ReferenceRefused: the rows cannot carry one.
     """
-    from compressor.stationary import fit_stationary
+    from compressor.stationary import ThinReference, fit_stationary
 
-    model = fit_stationary(rows.features, rows.times_s, claim_rows=claim_rows, tolerance_sd=tolerance_sd)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ThinReference)  # what a short one cannot see is what is measured
+        model = fit_stationary(rows.features, rows.times_s, claim_rows=claim_rows, tolerance_sd=tolerance_sd)
     names = tuple(f"f{number}" for number in range(rows.features.shape[1]))
     return Reference(
         features=names, channels=names, groups=dict.fromkeys(names, "view"), labels=("any",),

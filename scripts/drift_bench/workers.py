@@ -30,6 +30,8 @@ class Peer:
 
 
 RIVER = Peer("river", "scripts.drift_bench.peers.river_peer", ("river", "numpy"))
+# ADWIN as it was until river rewrote it in Rust: what others measured before is this one
+OLD_RIVER = Peer("river-0.23", "scripts.drift_bench.peers.river_peer", ("river", "numpy"))
 FROUROS = Peer("frouros", "scripts.drift_bench.peers.frouros_peer", ("frouros", "numpy"))
 ALIBI = Peer("alibi", "scripts.drift_bench.peers.alibi_peer", ("alibi-detect", "torch", "numpy"))
 PEERS = (RIVER, FROUROS, ALIBI)
