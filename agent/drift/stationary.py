@@ -33,6 +33,7 @@ from agent.drift.transforms import Transform
 NAMED_SHARE: Final = 0.5  # of the strongest log-wealth: features above it are named too
 SINGLE_SHARE: Final = 0.25  # of the first's: a second one above it means that it is not one channel's fault
 TOLD: Final = 8  # channels whose share a finding tells
+LARGEST: Final = 1e30  # a number beyond it is as good as none
 MOST_TESTS: Final = 4  # statistics that must be back before a finding ends
 
 Floats = NDArray[np.float64]
@@ -69,7 +70,6 @@ class StationaryMonitor:
         offset, self._per_scale = model.offset.astype(np.float64), 1 / model.scale.astype(np.float64)
         self._middle = model.centre + offset / self._per_scale
         self._least, self._most = -CLIP - offset, CLIP - offset
-        self._ones, self._ones_w = np.ones(BATCH_ROWS), np.ones(len(self._columns))
         self._counts = np.zeros((3, len(self._columns)))
         self._no_codes = np.zeros((BATCH_ROWS, 0), dtype=np.int64)
         self._all_columns = self._columns.tolist() == list(range(len(reference.features)))
@@ -99,8 +99,8 @@ class StationaryMonitor:
     def follow(
         self, features: NDArray[Any], predicted: NDArray[Any], time_s: NDArray[Any]
     ) -> list[tuple[int, Finding]]:
-        """The next rows, in order. features: (rows, features of the view), not finite = missing; predicted: (rows,)
-        class numbers, -1 = unknown; time_s: (rows,) seconds of the data, NaN = unknown.
+        """The next rows, in order. features: (rows, features of the view), not finite or beyond 1e30 = missing;
+        predicted: (rows,) class numbers, -1 = unknown; time_s: (rows,) seconds of the data, NaN = unknown.
 
         Returns (row, finding) where drift begins or ends: the last row of a block. Cutting the rows into other
         batches changes nothing.
@@ -129,9 +129,9 @@ class StationaryMonitor:
         self._seen += BATCH_ROWS
         counts = self._counts
         counts[:] = 0.0
-        whole = math.isfinite(float(self._ones @ x @ self._ones_w))  # one number that is not finite shows in the sum
+        finite = np.abs(x) < LARGEST
+        whole = bool(finite.all())
         if not whole:
-            finite = np.isfinite(x)
             x[~finite] = np.nan
             counts[1] = BATCH_ROWS - finite.sum(axis=0)
             self._missing += int(counts[1].sum())

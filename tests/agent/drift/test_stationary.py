@@ -148,6 +148,20 @@ def test_missing_rows_are_no_evidence_of_a_shift(calm: Reference) -> None:
     assert feed(StationaryMonitor(reference_of(fit(often))), same) == []
 
 
+@pytest.mark.parametrize("wild", [1e308, -1e308, 1e31, np.inf, -np.inf, np.nan])
+def test_a_number_that_is_none_is_missing_and_breaks_nothing(calm: Reference, wild: float) -> None:
+    monitor, x = StationaryMonitor(calm), gaussian(320, seed=2)
+    x[100, 1] = wild
+    assert feed(monitor, x) == []
+    assert monitor.statistics()["missing"] == 1.0
+
+
+def test_one_wild_row_is_not_drift(calm: Reference) -> None:
+    x = gaussian(320, seed=2)
+    x[100, 1] = 1e20
+    assert feed(StationaryMonitor(calm), x) == []
+
+
 def test_dependence_is_taken_out_before_it_is_judged() -> None:
     reference = reference_of(fit(autoregressive(5000, seed=1)))
     assert feed(StationaryMonitor(reference), autoregressive(12_000, seed=2)) == []
