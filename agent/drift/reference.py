@@ -384,14 +384,14 @@ def _check_stationary(model: StationaryModel, d: int) -> None:
     sizes = {"w": w, "s": s, "o": o, "m": m, "b": b, "B": b + 1, "p": w * (w - 1) // 2, "3": 3}
     sizes |= {"M": MEAN_BETS, "V": VARIANCE_BETS}
     _check_arrays(model, _STATIONARY, sizes, may_be_nan=("bin_values",))
-    for name in ("scale", "variance_scale", "variance_centre", "rates", "pair_square", "bin_share", "bin_bound"):
+    for name in ("scale", "variance_scale", "variance_centre", "rates", "pair_square", "bin_bound"):
         _check_positive(getattr(model, name).ravel())
     positive = (model.dense_scale, model.inflation, model.claim_rows)
     _check_positive(np.array(positive))
     finite = np.array(_numbers_of(model))
     within = -1 <= int(model.bin_column.min(initial=-1)) <= int(model.bin_column.max(initial=-1)) < w
     known = np.isfinite(model.bin_values).any(axis=1).all()
-    within = within and float(model.tolerance_sd.min()) >= 0
+    within = within and float(model.tolerance_sd.min()) >= 0 <= float(model.bin_share.min(initial=0.0))
     if not np.isfinite(finite).all() or not within or not known or not float(model.rates.max()) < 1:
         raise Corrupt("reference.npz: a constant of the stationary model is out of bounds", hint=HINT)
 

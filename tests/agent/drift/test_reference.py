@@ -22,6 +22,7 @@ from agent.drift import (
     load_reference,
 )
 from agent.drift.reference import MAX_REFERENCE_BYTES
+from tests.agent.drift.stationary_streams import fit, gaussian, reference_of
 
 
 def rewritten(raw: bytes, changes: dict[str, np.ndarray | None], *, compress: bool = False) -> bytes:
@@ -251,3 +252,46 @@ def test_the_fixed_point_of_drift_windows_is_the_references(reference: Reference
     fixed = reference.fixed_point()
     assert fixed.centre == pytest.approx(reference.centre.tolist())
     assert (fixed.clip, fixed.fraction_bits) == (4.0, 10)
+
+
+# --- a stationary model ------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def stationary() -> bytes:
+    rows = np.round(gaussian(600, seed=1) * 2)  # whole numbers: also categories
+    return dump_reference(reference_of(fit(rows, np.arange(600.0), predicted=np.arange(600) % 3, labels=3)))
+
+
+def test_a_stationary_model_is_read_as_it_was_written(stationary: bytes) -> None:
+    again = load_reference(stationary)
+    assert dump_reference(again) == stationary
+    assert again.stationary.gap_s == 1.5
+    assert again.stationary.bin_column.tolist() == [0, 1, 2, 3, -1]
+
+
+@pytest.mark.parametrize(
+    ("member", "content"),
+    [
+        ("stationary.whitening.npy", None),
+        ("stationary.whitening.npy", np.full((4, 4), np.nan, dtype="<f4")),
+        ("stationary.mean_charge.npy", np.zeros((7, 4), dtype="<f4")),
+        ("stationary.scale.npy", np.zeros(4, dtype="<f4")),
+        ("stationary.rates.npy", np.ones((3, 4), dtype="<f4")),
+        ("stationary.lags.npy", np.zeros((6, 4), dtype="<f4")),
+        ("stationary.season.npy", np.zeros((5, 4), dtype="<f4")),
+        ("stationary.pair_mean.npy", np.zeros(5, dtype="<f4")),
+        ("stationary.bin_column.npy", np.array([0, 1, 2, 4, -1], dtype="<i2")),
+        ("stationary.bin_values.npy", np.float32(1.0)),
+        ("stationary.columns.npy", np.array([0, 1, 2, 2], dtype="<i2")),
+    ],
+)
+def test_anything_odd_in_a_stationary_model_is_corrupt(
+    stationary: bytes, member: str, content: np.ndarray | None
+) -> None:
+    with pytest.raises(Corrupt):
+        load_reference(rewritten(stationary, {member: content}))
+
+
+def test_two_models_of_one_stream_are_corrupt(reference: Reference, stationary: bytes) -> None:
+    both = replace(load_reference(stationary), regimes=reference.regimes)
+    with pytest.raises(Corrupt):
+        load_reference(dump_reference(both))
