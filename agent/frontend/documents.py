@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -63,10 +63,12 @@ def document_response(document: Any) -> HttpResponse:
 
 
 def only(method: str, request: HttpRequest, reply: Reply) -> bool:
-    """Whether the request has this method; else it is answered here."""
-    if request.method == method:
+    """Whether the request has this method, or HEAD for GET; else it is answered here."""
+    allowed = (method, "HEAD") if method == "GET" else (method,)  # of what answers HEAD, the server sends no body
+    if request.method in allowed:
         return True
-    reply(error_response(405, f"{request.method} is not possible here, use {method}", {"Allow": method}))
+    text = f"{request.method} is not possible here, use {method}"
+    reply(error_response(405, text, {"Allow": ", ".join(allowed)}))
     return False
 
 
@@ -133,6 +135,13 @@ def binary_names(document: InferDocument) -> Callable[[str], bool]:
             raise InvalidRequest(f"output '{output.name[:60]}' is asked for twice")
         wishes[output.name] = bool(output.parameters.get("binary_data", everything))
     return lambda name: wishes.get(name, everything)
+
+
+def check_forms(datatypes: Mapping[str, str], asked: Sequence[str], binary: Callable[[str], bool]) -> None:
+    """Raises: InvalidRequest: an output, of those asked for or of all, is to be JSON and has no JSON form."""
+    for name in asked or datatypes:
+        if datatypes.get(name) == "FP16" and not binary(name):
+            raise InvalidRequest(f"'{name}' is FP16, which has no JSON form", hint="Ask for binary data.")
 
 
 def answer_response(model: str, request_id: str, answer: Answer, binary: Callable[[str], bool]) -> HttpResponse:

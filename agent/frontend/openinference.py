@@ -27,6 +27,7 @@ from agent.frontend.documents import (
     InferDocument,
     answer_response,
     binary_names,
+    check_forms,
     deadline_ms,
     document_response,
     failure,
@@ -295,12 +296,14 @@ class _Asked:
         """Raises: InvalidRequest: the tensors are not those of the service, or the data do not fit them."""
         parameters = self.document.parameters
         inputs = _read_inputs(self.service, self.document, binary)
+        outputs = tuple(output.name for output in self.document.outputs)
+        check_forms(self.service.datatypes, outputs, self.binary)
         data_time_s = number(parameters, "ew_time_s")
         return Request(
             service=self.service.plan.service,
             inputs=inputs,
             arrival_ns=arrival_ns,
-            outputs=tuple(output.name for output in self.document.outputs),
+            outputs=outputs,
             version=self.version,
             deadline_ms=deadline_ms(parameters),
             data_time_s=math.nan if data_time_s is None else data_time_s,

@@ -31,6 +31,7 @@ MAX_HEAD_BYTES = 16 * 1024
 MAX_HEADERS = 100
 MAX_URL_BYTES = 4 * 1024
 MAX_PIPELINED = 32  # unanswered requests of one connection before it is not read any more
+WHOLE_BYTES = 4 * 1024  # what was read in one piece is parsed as one; more, message by message
 MAX_CONNECTIONS = 512
 MAX_JSON_BYTES = 4 * 1024 * 1024  # reading JSON stops the loop for up to 30 ms a MiB; binary tensors are not copied
 MAX_BUFFERED_BYTES = 64 * 1024 * 1024  # bodies of all unanswered requests together...
@@ -324,7 +325,7 @@ class _Pending:
         self.size = size
         self.kept = kept
         self.headless = headless
-        self.response: bytes | None = None
+        self.response: HttpResponse | None = None
         self.lesson: tuple[HttpRequest, bytes] | None = None  # and what its message is before the binary data
 
 
@@ -353,6 +354,10 @@ class Connection(asyncio.Protocol):
         self._reading_since_ns = 0  # 0 = between requests
         self._in_head = False
         self._partial_bytes = 0
+        self._left_bytes = 0  # of the body being read
+        self._parsing = False
+        self._backlog = b""  # received and not parsed yet: the client is too far ahead of its answers
+        self._owes_continue = False  # this request's client waits to hear that it may send its body
         self._paused = False
         self._write_paused = False
         self.last_ns = clock.monotonic_ns()
@@ -362,7 +367,7 @@ class Connection(asyncio.Protocol):
     @property
     def idle(self) -> bool:
         """Nothing is being read, answered or refused."""
-        return not (self._pending or self._reading_since_ns or self._discarding_since_ns)
+        return not (self._pending or self._backlog or self._reading_since_ns or self._discarding_since_ns)
 
     # --- asyncio ---------------------------------------------------------------------------------------------
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -379,6 +384,7 @@ class Connection(asyncio.Protocol):
         del exc
         self._server.connections.discard(self)
         self._transport = None
+        self._backlog = b""
         self._drop_body()
 
     def data_received(self, data: bytes) -> None:
@@ -422,10 +428,49 @@ class Connection(asyncio.Protocol):
         self._handling = None
 
     def _parse(self, data: bytes) -> None:
+        self._parse_some(data)
+        if self._backlog:
+            self._go_on()
+            self._balance()
+
+    def _go_on(self) -> None:
+        """Parse what had to wait, as far as the client takes its answers."""
+        while self._backlog and not (self._parsing or self._is_ahead()):
+            data, self._backlog = self._backlog, b""
+            self._parse_some(data)
+
+    def _parse_some(self, data: bytes) -> None:
+        """Parse all, or what its client is not too far ahead with; the rest is the backlog then."""
         if self._discarding_since_ns:
             return
         self._chunk = data if self.idle and self._server.make_plan is not None else b""
         self.last_ns = clock.monotonic_ns()
+        self._parsing = True
+        if len(data) <= max(WHOLE_BYTES, self._left_bytes):
+            self._feed(data)
+        else:
+            self._feed_one_by_one(data)
+        self._parsing = False
+        self._flush()
+        self._chunk = b""
+
+    def _feed_one_by_one(self, data: bytes) -> None:
+        """Feed head by head and body by body, until the client is too far ahead of its answers."""
+        at = 0
+        while at < len(data) and not self._discarding_since_ns:
+            if self._is_ahead():
+                self._backlog = data[at:]
+                return
+            head_end = data.find(b"\r\n\r\n", at) + 4
+            end = at + self._left_bytes if self._left_bytes else head_end if head_end > 3 else len(data)
+            self._feed(memoryview(data)[at:end])
+            at = end
+
+    def _is_ahead(self) -> bool:
+        """Whether the client, between two requests, should take some answers first."""
+        return not self._reading_since_ns and (self._write_paused or len(self._pending) > MAX_PIPELINED)
+
+    def _feed(self, data: bytes | memoryview) -> None:
         was_in_head = self._in_head
         try:
             self._parser.feed_data(data)
@@ -442,17 +487,17 @@ class Connection(asyncio.Protocol):
                 if self._partial_bytes > MAX_HEAD_BYTES:
                     self._refuse(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes")
             if self._reading_since_ns or self._unread.size:
-                self._unread.feed(data, self._ended, reading=bool(self._reading_since_ns))
+                whole = self._ended and not self._reading_since_ns  # of such a piece nothing is kept
+                self._unread.feed(b"" if whole else bytes(data), self._ended, reading=bool(self._reading_since_ns))
                 if self._reading_since_ns and self._turned_away is not None:
                     self._unread.drop_body()
             self._ended.clear()
-        self._chunk = b""
 
     def eof_received(self) -> bool:
         """Keep the connection half open while answers are still owed."""
         if not self._pending:
             return False
-        self._pending[-1].closing = True
+        self._pending[-1].closing = True  # nothing is parsed later: who is not read has not ended either
         return True
 
     def pause_writing(self) -> None:
@@ -461,6 +506,7 @@ class Connection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        self._go_on()
         self._balance()
 
     # --- httptools -------------------------------------------------------------------------------------------
@@ -469,8 +515,9 @@ class Connection(asyncio.Protocol):
         self._headers: dict[str, str] = {}
         self._head_bytes = self._partial_bytes = 0
         self._body: list[bytes | bytearray] = []
-        self._size = 0
+        self._size = self._left_bytes = 0
         self._turned_away = None
+        self._owes_continue = False
         self._in_head = True
         self._reading_since_ns = self.last_ns
 
@@ -483,14 +530,16 @@ class Connection(asyncio.Protocol):
         self._head_bytes += len(name) + len(value) + 4
         if self._head_bytes > MAX_HEAD_BYTES or len(self._headers) >= MAX_HEADERS:
             self._stop(431, f"the request's headers are over {MAX_HEAD_BYTES} bytes or {MAX_HEADERS} lines")
-        key = name.decode("latin-1").lower()
-        if key in ("host", "content-length", "inference-header-content-length") and key in self._headers:
-            self._stop(400, f"the header {key} is given twice")
-        self._headers[key] = value.decode("latin-1").rstrip(" \t")  # the parser keeps what follows a value
+        key, text = name.decode("latin-1").lower(), value.decode("latin-1").rstrip(" \t")  # the parser keeps blanks
+        if key in self._headers:
+            if key in ("host", "content-length", "inference-header-content-length"):
+                self._stop(400, f"the header {key} is given twice")
+            text = f"{self._headers[key]}, {text}"  # which means the same
+        self._headers[key] = text
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        self._size = self._check_head()
+        self._size = self._left_bytes = self._check_head()
         waits = self._headers.get("expect", "").lower() == "100-continue" and self._parser.get_http_version() == "1.1"
         if self._size and self._server.refuse is not None and not waits:
             self._turned_away = self._server.refuse(self._method(), self._path(), self._client, self.last_ns)
@@ -500,8 +549,15 @@ class Connection(asyncio.Protocol):
             self._stop(503, f"no room for a body of {self._size} bytes while so many others are being answered")
         self._reserved_bytes = self._size
         told = bool(self._inherited[0])  # by the process that had this connection before
-        if waits and self._size and not (self._pending or told):
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._owes_continue = bool(waits and self._size and not told)
+        self._tell_to_go_on()
+
+    def _tell_to_go_on(self) -> None:
+        """Answer `Expect: 100-continue`, in its turn."""
+        if self._owes_continue and not self._pending and self._transport is not None:
+            self._owes_continue = False
+            if not self._transport.is_closing():
+                self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _check_head(self) -> int:
         """Size of the body that follows; what is not accepted is refused."""
@@ -514,7 +570,8 @@ class Connection(asyncio.Protocol):
             self._stop(400, "no other protocol is spoken here")
         if "transfer-encoding" in headers:
             self._stop(400, "bodies in chunks are not accepted, send a Content-Length")
-        if headers.get("content-encoding", "identity").lower() != "identity":
+        encodings = headers.get("content-encoding", "identity").lower().split(",")
+        if any(encoding.strip() != "identity" for encoding in encodings):
             self._stop(415, "compressed bodies are not accepted")
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
@@ -529,6 +586,8 @@ class Connection(asyncio.Protocol):
         return size
 
     def on_body(self, body: bytes) -> None:
+        self._left_bytes -= len(body)
+        self._owes_continue = False
         if self._turned_away is None:
             put(self._body, body)
 
@@ -599,7 +658,7 @@ class Connection(asyncio.Protocol):
             return False
         self._held = True
         self._balance()
-        return not (self._pending or self._write_paused or transport.get_write_buffer_size())
+        return not (self._pending or self._backlog or self._write_paused or transport.get_write_buffer_size())
 
     def leaving(self) -> Leaving:
         """What another process needs to go on with it; after `hold` said yes."""
@@ -670,12 +729,14 @@ class Connection(asyncio.Protocol):
 
     def _read_no_more(self) -> None:
         self._discarding_since_ns = self.last_ns = clock.monotonic_ns()
-        self._reading_since_ns = 0
+        self._reading_since_ns = self._left_bytes = 0
+        self._backlog = b""
         self._drop_body()
 
     def _drop_body(self) -> None:
         """Forget a body that will not be read to its end."""
         self._body = []
+        self._owes_continue = False
         self._server.release(self._reserved_bytes)
         self._reserved_bytes = 0
 
@@ -684,14 +745,10 @@ class Connection(asyncio.Protocol):
             _tell_bug("a request was answered twice; the second answer was dropped")
             return
         self._server.release(pending.size)
-        pending.closing = pending.closing or self._server.draining
-        pending.response = encode_response(
-            response, closing=pending.closing, kept=pending.kept, headless=pending.headless
-        )
-        if pending.lesson is not None and response.status == HTTPStatus.OK and not pending.closing:
-            self._learn(*pending.lesson, pending.response)
-        while self._pending and self._pending[0].response is not None:
-            self._write(self._pending.popleft())
+        pending.response = response
+        self._flush()
+        if self._backlog:
+            self._go_on()
         if self._paused:
             self._balance()
         if self._server.freed is not None and not self._pending:
@@ -705,10 +762,25 @@ class Connection(asyncio.Protocol):
         if plan is not None:
             self._server.plans.keep(plan)
 
-    def _write(self, pending: _Pending) -> None:
-        if self._transport is None or self._transport.is_closing() or pending.response is None:
+    def _flush(self) -> None:
+        """Write what is next; a draining server's last answer, to all that has arrived, ends the connection."""
+        draining = self._server.draining
+        if self._parsing and draining:
+            return  # which answer is the last is known behind it
+        while self._pending and self._pending[0].response is not None:
+            pending = self._pending.popleft()
+            pending.closing = pending.closing or (draining and not self._pending and not self._backlog)
+            self._write(pending, pending.response)
+        if self._owes_continue:
+            self._tell_to_go_on()
+
+    def _write(self, pending: _Pending, response: HttpResponse | None) -> None:
+        if self._transport is None or self._transport.is_closing() or response is None:
             return
-        self._transport.write(pending.response)
+        raw = encode_response(response, closing=pending.closing, kept=pending.kept, headless=pending.headless)
+        if pending.lesson is not None and response.status == HTTPStatus.OK and not pending.closing:
+            self._learn(*pending.lesson, raw)
+        self._transport.write(raw)
         if not pending.closing:
             return
         self._pending.clear()  # nothing may follow, not even the refusal of what came behind this request
@@ -720,7 +792,7 @@ class Connection(asyncio.Protocol):
 
     def _balance(self) -> None:
         """Read only while the client takes its answers and is not too far ahead of them, and only while it stays."""
-        wanted = self._held or self._write_paused or len(self._pending) > MAX_PIPELINED
+        wanted = self._held or self._write_paused or bool(self._backlog) or len(self._pending) > MAX_PIPELINED
         if self._transport is None or wanted == self._paused or self._transport.is_closing():
             return
         self._paused = wanted

@@ -29,6 +29,7 @@ from agent.contract.tensors import DATATYPES, Array, Tensor, datatype_of, read_t
 from agent.frontend.documents import (
     InferDocument,
     binary_names,
+    check_forms,
     deadline_ms,
     document_response,
     failure,
@@ -84,11 +85,11 @@ class StreamRoute:
                 )
             case "DELETE":
                 self._queue(service, name, _End(service, streams, name, reply))
-            case "GET":
+            case "GET" | "HEAD":
                 reply(document_response(_describe(service, name, streams.find(name))))
             case method:
                 text = f"{method} is not possible here, use POST, GET or DELETE"
-                reply(error_response(405, text, {"Allow": "POST, GET, DELETE"}))
+                reply(error_response(405, text, {"Allow": "POST, GET, HEAD, DELETE"}))
 
     # --- moving to another worker ---------------------------------------------------------------------------
     def movable(self) -> Iterator[tuple[str, str]]:
@@ -230,6 +231,7 @@ class _Feed(_Job):
         self._document, self._arrival_ns, self._client = document, http.arrival_ns, http.client
         self._body = http.body
         self._binary = binary_names(document)
+        check_forms(service.datatypes, [output.name for output in document.outputs], self._binary)
         self._samples = _read_samples(streams, document, memoryview(http.body)[length:])
         self._sequence = _sequence(document.parameters)
         self._time_s = number(document.parameters, "ew_time_s")

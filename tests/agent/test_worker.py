@@ -231,7 +231,7 @@ def test_every_path_has_its_status(stage: tuple[Sockets, RunningWorker], method:
         assert list(document) == ["error"]
         assert document["error"]
     if status == 405:
-        assert headers["Allow"] in ("GET", "POST")
+        assert headers["Allow"] in ("GET, HEAD", "POST")
 
 
 def test_the_model_configuration_is_the_one_known_clients_read(stage: tuple[Sockets, RunningWorker]) -> None:

@@ -191,6 +191,65 @@ def test_a_client_far_ahead_of_its_answers_is_not_read_any_more(tmp_path: Path) 
     play(tmp_path, story)
 
 
+def test_a_heap_of_requests_in_one_piece_waits_for_its_client_to_take_the_answers(tmp_path: Path) -> None:
+    count, answer = 6_000, b"x" * 4_000
+    one = b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n"
+
+    async def story(stage: Stage) -> None:
+        stage.server.handler = lambda request, reply: (asked.append(request), reply(HttpResponse(200, (answer,))))  # type: ignore[assignment]
+        reader, writer = await stage.connect()
+        writer.write(one * count)
+        await until(lambda: [waiting for waiting in stage.server.connections if not waiting.idle])
+        [connection] = stage.server.connections
+        assert len(asked) < 1000  # what the socket's buffers hold, and not all that was read
+        assert not connection.has_unread
+        received = 0
+        while received < count:
+            received += (await reader.readuntil(answer)).count(b"HTTP/1.1 200 OK")
+        assert len(asked) == count
+        await until(lambda: connection.idle)
+        writer.close()
+
+    asked: list[HttpRequest] = []
+    play(tmp_path, story)
+
+
+def test_a_heap_of_requests_whose_last_is_not_whole_is_well_formed(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        writer.write((b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n") * 1000 + POST[:30])
+        await until(lambda: len(stage.handler.requests) == 1000)
+        for _ in range(1000):
+            assert (await reader.readuntil(b"/a ")).startswith(b"HTTP/1.1 200")
+        writer.write(POST[30:])
+        assert (await reader.readuntil(b"/a abcdef")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_in_large_pieces_are_cut_where_they_end(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311 - a test's choices
+    bodies = [chance.randbytes(chance.choice((0, 1, 5, 900))).replace(b"a", b"\r\n\r\n")[:1000] for _ in range(400)]
+    raw = b"".join(b"POST /b HTTP/1.1\r\n" + HEAD + b"Content-Length: %d\r\n\r\n" % len(b) + b for b in bodies)
+
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        at = 0
+        while at < len(raw):
+            size = chance.choice((1, 100, 5_000, 60_000))
+            writer.write(raw[at : at + size])
+            at += size
+            await asyncio.sleep(0)
+        for body in bodies:
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            assert await reader.readexactly(3 + len(body)) == b"/b " + body
+        writer.close()
+
+    play(tmp_path, story)
+
+
 def test_a_client_that_ends_its_side_still_gets_its_answer(tmp_path: Path) -> None:
     async def story(stage: Stage) -> None:
         reader, writer = await stage.connect()
@@ -253,6 +312,8 @@ def test_a_client_that_wants_no_more_is_closed_after_its_answer(tmp_path: Path, 
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, ""),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01", 400, "well-formed"),
         (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Length: 1\r\n\r\na", 415, "compressed"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: gzip\r\nContent-Encoding: identity\r\n\r\n", 415, ""),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: identity\r\nContent-Encoding: gzip\r\n\r\n", 415, ""),
         (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n", 413, "1001 bytes, at most 1000"),
         (b"GET /" + b"a" * 5000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 414, "path"),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n", 431, "headers"),
@@ -338,6 +399,38 @@ def test_a_client_that_asks_first_is_told_to_go_on(tmp_path: Path) -> None:
         assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         writer.write(b"hi")
         assert (await reader.readuntil(b"/a hi")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_one_that_asks_first_behind_another_request_is_told_in_its_turn(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        asking = b"POST /a HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n" + asking)
+        await until(lambda: stage.handler.held)
+        stage.handler.held[0]()
+        assert (await reader.readuntil(b"/held ")).startswith(b"HTTP/1.1 200")
+        assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        writer.write(b"hi")
+        assert (await reader.readuntil(b"/a hi")).startswith(b"HTTP/1.1 200")
+        writer.close()
+
+    play(tmp_path, story)
+
+
+def test_one_that_asked_first_and_did_not_wait_is_told_nothing(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        asking = b"POST /a HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+        writer.write(b"GET /held HTTP/1.1\r\n" + HEAD + b"\r\n" + asking + b"h")
+        await until(lambda: stage.handler.held)
+        stage.handler.held[0]()
+        writer.write(b"i")
+        answers = await reader.readuntil(b"/a hi")
+        assert statuses(answers) == [200, 200]
+        assert b"100 Continue" not in answers
         writer.close()
 
     play(tmp_path, story)
@@ -670,6 +763,44 @@ def test_draining_closes_idle_connections_and_finishes_busy_ones(tmp_path: Path)
         await drain
         for writer in (idle_writer, busy_writer):
             writer.close()
+
+    play(tmp_path, story)
+
+
+def test_draining_answers_every_request_that_has_arrived(tmp_path: Path) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        for path in (b"/held1", b"/now", b"/held2", b"/held3"):
+            writer.write(b"GET " + path + b" HTTP/1.1\r\n" + HEAD + b"\r\n")
+        await until(lambda: len(stage.handler.held) == 3)
+        drain = asyncio.ensure_future(stage.server.drain(10))
+        for number in (0, 2, 1):
+            stage.handler.held[number]()
+            await asyncio.sleep(0)
+        answers = await reader.read()
+        assert statuses(answers) == [200] * 4
+        assert answers.count(b"Connection: close") == 1
+        assert answers.endswith(b"/held3 ")
+        assert b"Connection: close" in answers[answers.index(b"/held2 ") :]
+        await drain
+        writer.close()
+
+    play(tmp_path, story)
+
+
+@pytest.mark.parametrize("count", [3, 1000])
+def test_what_arrives_in_one_piece_while_draining_is_answered_whole(tmp_path: Path, count: int) -> None:
+    async def story(stage: Stage) -> None:
+        reader, writer = await stage.connect()
+        await until(lambda: stage.server.connections)
+        drain = asyncio.ensure_future(stage.server.drain(30))
+        await asyncio.sleep(0)
+        writer.write((b"GET /a HTTP/1.1\r\n" + HEAD + b"\r\n") * count)
+        answers = await reader.read()
+        assert statuses(answers) == [200] * count
+        assert answers.count(b"Connection: close") == 1
+        await drain
+        writer.close()
 
     play(tmp_path, story)
 
