@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from agent import VERSION
 from agent.contract.errors import EdgewardenError
-from compressor import commands_fleet, commands_trust
+from compressor import commands_fleet, commands_trust, commands_views
 from compressor.errors import MissingExtra
 from compressor.stopping import Stopped, stoppable
 
@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(run=run)
     commands_trust.register(verbs)
     commands_fleet.register(verbs)
+    commands_views.register(verbs)
     return parser
 
 

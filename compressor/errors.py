@@ -6,6 +6,7 @@
     |  `- MissingExtra     a library is not installed that only the host side needs
     |- DataError           the data a task needs is missing or is not what the task was written for
     |- ReferenceRefused    the rows given cannot carry a drift reference
+    |- SurgeryRefused      a view cannot be added to this model
     |- StageFailed         a step of the pipeline could not finish
     `- GateFailed          nothing that was built may ship; carries gate, measured and limit
 
@@ -57,6 +58,11 @@ class DataError(EdgewardenError):
 
 class ReferenceRefused(EdgewardenError):
     code = "reference_refused"
+
+
+class SurgeryRefused(EdgewardenError):
+    code = "surgery_refused"
+    exit_code = 4
 
 
 class StageFailed(EdgewardenError):
