@@ -137,6 +137,8 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         groups=groups,
         classes=len(active.labels),
         view=view.name if view else "",
+        view_at=_places(artifacts, view) if view and view.source == "graph" else (),
+        of_outputs=view is not None and view.source == "agent",
         latency_p95_us=config.budget.latency_p95_us or promised(active).latency_p95_us or 0.0,
         hop_s=active.window.hop / active.window.rate_hz if active.window else 0.0,
         repeats=active.window is not None if config.guard.repeated is None else config.guard.repeated,
@@ -221,7 +223,18 @@ def _watched_view(manifest: Manifest, reference: Reference | None) -> View | Non
     """The view the reference is about."""
     if reference is None:
         return None
-    return next((view for view in manifest.views if tuple(view.features) == reference.features), None)
+    can = [view for view in manifest.views if view.source == "graph" or view.kind == "outputs"]
+    return next((view for view in can if tuple(view.features) == reference.features), None)
+
+
+def _places(artifacts: Iterable[Artifact], view: View) -> tuple[int, ...]:
+    """Where the watched view begins among the views of each engine; -1 = it has no such view."""
+    places = []
+    for artifact in artifacts:
+        drawn = [one for one in artifact.manifest.views if one.source == "graph"]
+        same = [at for at, one in enumerate(drawn) if one.features == view.features]
+        places.append(sum(len(one.features) for one in drawn[: same[0]]) if same else -1)
+    return tuple(places)
 
 
 # --- plans -------------------------------------------------------------------------------------------------

@@ -48,6 +48,10 @@ METRICS: Final = (
         "edgewarden_odd_channel_rows_total", Kind.COUNTER, "The same by channel; channels never odd are left out.",
         ("service", "guard", "channel"),
     ),
+    Metric(
+        "edgewarden_predicted_rows_total", Kind.COUNTER, "Observed rows by the class that was predicted.",
+        ("service", "label"),
+    ),
     Metric("edgewarden_observation_gaps_total", Kind.COUNTER, "Observations overwritten before being read."),
     Metric(
         "edgewarden_latency_seconds", Kind.SUMMARY, "Latency of answered requests; quantiles since the start.",

@@ -52,6 +52,7 @@ from agent.drift import (
 )
 from agent.drift.counters import HISTORY_ROWS
 from agent.drift.thinning import Allowance, Repetition
+from agent.drift.views import output_features
 from agent.observation import NO_CLASS, NO_ENGINE, PATCHED, Outcome
 from agent.sketch import LogSketch
 from agent.tally import ANSWERED, COUNTED, Tally, add_latencies
@@ -90,7 +91,8 @@ class MonitorPlan:
     """What is watched. `index` and `engines` as in the worker's plan; `channels` in the order of the guard's bits;
     `groups`: channel -> sensor group; `classes`: number of labels; `latency_p95_us`: 0 = no budget; `hop_s`: from one
     window to the next, 0 = not known; `repeats`: whether inputs that repeat are a fault; `accuracy`: of engines on
-    clean input, where the card says it.
+    clean input, where the card says it; `view_at`: by engine, at which number of its records `view` begins, -1 = it
+    has none, () = it is all there is; `of_outputs`: the view is made of class, confidence and entropy.
     """
 
     service: str
@@ -100,6 +102,8 @@ class MonitorPlan:
     groups: Mapping[str, str] = field(default_factory=dict)
     classes: int = 0
     view: str = ""
+    view_at: tuple[int, ...] = ()
+    of_outputs: bool = False
     latency_p95_us: float = 0.0
     hop_s: float = 0.0
     repeats: bool = False
@@ -116,6 +120,10 @@ class Monitor:
         self._guards = GuardCounters(plan.channels, dict(plan.groups))
         self._repetition = Repetition(HISTORY_ROWS, len(BITS))
         self._senders = SenderCounters(plan.hop_s)
+        self._classes = np.zeros(plan.classes, np.int64)  # rows by predicted class
+        # by engine number; what answered before the last exchange looks as who is first now
+        self._view_at = np.full(256, plan.view_at[0] if plan.view_at else 0, np.int64)
+        self._view_at[: len(plan.view_at)] = plan.view_at
         self._repeated = 0  # rows of the batch in hand
         self._guard_rows = Allowance(GUARD_ROWS_PER_S, GUARD_ROWS_AT_ONCE)
         self._drift = drift_monitor(reference) if reference else None
@@ -152,6 +160,7 @@ class Monitor:
         if not counted:
             self._count_requests(requests)
         self._count_bits(records)
+        self._count_classes(records)
         judged = records[np.isin(records["outcome"], JUDGED)]
         return [
             *self._engine_events(requests),
@@ -211,6 +220,7 @@ class Monitor:
             "budget": {**self._budget.numbers(), "raised": float(self._budget.raised)} if self._budget else {},
             "guards": {kind: list(names) for kind, names in self._guards.statistics().items() if names}
             | {kind: [] for kind, senders in self._senders.statistics().items() if senders},
+            "classes": self._classes.tolist(),
             "odd_rows": {
                 name: {channel: count for (kind, channel), count in self._odd.items() if kind == name and count}
                 for name in BITS
@@ -279,6 +289,10 @@ class Monitor:
             self._count(f"rows_{name}", len(odd))
             for index, channel in enumerate(self._plan.channels) if len(odd) else ():
                 self._odd[name, channel] += int(np.count_nonzero(odd >> np.uint64(index) & np.uint64(1)))
+
+    def _count_classes(self, records: Records) -> None:
+        known = records["predicted"][(records["predicted"] >= 0) & (records["predicted"] < len(self._classes))]
+        self._classes += np.bincount(known, minlength=len(self._classes)) if len(self._classes) else 0
 
     # --- engines ---
     def _engine_events(self, requests: Records) -> Iterator[Event]:
@@ -367,8 +381,7 @@ class Monitor:
     def _drift_events(self, judged: Records) -> Iterator[Event]:
         if self._moments is None or not len(judged):
             return
-        viewed = judged[judged["view_width"] == self._moments.fixed.width]
-        features = viewed["view"][:, : self._moments.fixed.width].astype(np.float64)
+        viewed, features = self._viewed(judged, self._moments.fixed.width)
         counted = self._odd_rows(judged) - Counter(
             not_finite=int((~np.isfinite(features).all(axis=1) & (viewed["not_finite_bits"] != 0)).sum())
         )  # those the window counts by itself
@@ -379,6 +392,20 @@ class Monitor:
             followed = self._drift_rows.thin(len(viewed), viewed["arrival_ns"])
             self._count("rows_thinned", len(viewed) - len(viewed[followed]))
             yield from self._follow(self._drift, features[followed], viewed[followed])
+
+    def _viewed(self, judged: Records, width: int) -> tuple[Records, NDArray[np.float64]]:
+        """Rows that have the followed view, and its numbers."""
+        if self._plan.of_outputs:
+            answered = judged[judged["predicted"] >= 0]
+            predicted, confidence, entropy = (answered[name] for name in ("predicted", "confidence", "entropy"))
+            return answered, output_features(predicted, confidence, entropy, width - 2)
+        if not self._plan.view_at:
+            viewed = judged[judged["view_width"] == width]
+            return viewed, viewed["view"][:, :width].astype(np.float64)
+        begins = self._view_at[judged["engine"]]
+        viewed = judged[(begins >= 0) & (judged["view_width"] >= begins + width)]
+        columns_of = self._view_at[viewed["engine"]][:, None] + np.arange(width)
+        return viewed, np.take_along_axis(viewed["view"], columns_of, axis=1).astype(np.float64)
 
     def _follow(self, drift: DriftMonitor, features: NDArray[Any], rows: Records) -> Iterator[Event]:
         start = 0

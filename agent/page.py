@@ -120,6 +120,7 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "budget": _whole(watched["budget"]),
         "guards": watched["guards"],
         "odd_rows": watched["odd_rows"],
+        "classes": dict(zip(blueprint.plan.labels, watched["classes"], strict=False)),
         "drift": _whole(watched["drift"]),
         "harm": _whole(watched["harm"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
@@ -235,12 +236,7 @@ def _service_samples(sources: Sources, blueprint: Blueprint) -> Iterator[Sample]
     for outcome in ("ok", "failed_over", "floor", "refused_by_guard", "overloaded", "deadline", "error"):
         yield Sample("edgewarden_requests_total", counters.get(outcome, 0), {**name, "outcome": outcome})
     yield Sample("edgewarden_rows_total", counters.get("rows", 0), name)
-    for guard in ("dead", "stuck", "scale", "not_finite", "out_of_range", "repeated"):
-        yield Sample("edgewarden_odd_rows_total", counters.get(f"rows_{guard}", 0), {**name, "guard": guard})
-    for guard, channels in watched["odd_rows"].items():
-        for channel, count in channels.items():
-            labels = {**name, "guard": guard, "channel": channel}
-            yield Sample("edgewarden_odd_channel_rows_total", count, labels)
+    yield from _row_samples(blueprint, watched, name)
     for engine, latency in watched["latency"].items():
         yield from latency_samples(blueprint.name, engine, latency)
     if blueprint.monitor.latency_p95_us:
@@ -260,6 +256,19 @@ def _service_samples(sources: Sources, blueprint: Blueprint) -> Iterator[Sample]
     raised = {alarm["kind"] for alarm in decided["alarms"]}
     for kind in AlarmKind:
         yield Sample("edgewarden_alarm", float(kind.value in raised), {**name, "kind": kind.value})
+
+
+def _row_samples(blueprint: Blueprint, watched: Mapping[str, Any], name: Mapping[str, str]) -> Iterator[Sample]:
+    for guard in ("dead", "stuck", "scale", "not_finite", "out_of_range", "repeated"):
+        yield Sample(
+            "edgewarden_odd_rows_total", watched["counters"].get(f"rows_{guard}", 0), {**name, "guard": guard}
+        )
+    for guard, channels in watched["odd_rows"].items():
+        for channel, count in channels.items():
+            labels = {**name, "guard": guard, "channel": channel}
+            yield Sample("edgewarden_odd_channel_rows_total", count, labels)
+    for label, count in zip(blueprint.plan.labels, watched["classes"], strict=False):
+        yield Sample("edgewarden_predicted_rows_total", count, {**name, "label": label})
 
 
 def _update_samples(update: Mapping[str, Any]) -> Iterator[Sample]:

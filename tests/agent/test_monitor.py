@@ -20,7 +20,7 @@ from agent.decisions.events import (
     Event,
     Level,
 )
-from agent.drift import MomentWindow, Reference
+from agent.drift import Claim, MomentWindow, Reference
 from agent.drift.counters import CLEAR_ROWS
 from agent.monitor import (
     DRIFT_ROWS_AT_ONCE,
@@ -339,6 +339,43 @@ def test_data_at_another_rate_raise_an_alarm_and_a_batch_of_rows_at_one_time_doe
 def test_two_clients_in_turn_are_told_apart() -> None:
     timed = {"data_time_s": 1e9 + np.arange(100) * 0.64, "arrival_ns": np.arange(100)}
     assert kinds(monitor(hop_s=1.28).observe(records(100, **timed, source=np.arange(100) % 2 + 1))) == []
+
+
+def test_the_followed_view_is_found_among_others_of_each_engine(stream: RegimeStream, reference: Reference) -> None:
+    rows = stream.rows(4, seed=3)
+    width = rows.features.shape[1]
+    plain = viewed(rows.features, rows.predicted)
+    beside = viewed(np.column_stack([np.full((len(plain), 5), 9.0), rows.features]), rows.predicted, engine=1)
+    alone, moved = monitor(reference), monitor(reference, view_at=(0, 5, -1))
+    alone.observe(plain)
+    moved.observe(beside)
+    assert moved.statistics()["drift"]["rows"] == alone.statistics()["drift"]["rows"] == len(plain)
+    assert moved.take_window()["drift"][0]["sums"] == alone.take_window()["drift"][0]["sums"]
+    moved.observe(viewed(rows.features, rows.predicted, engine=2))
+    assert moved.statistics()["drift"]["rows"] == len(plain)
+    assert beside["view_width"][0] == width + 5
+
+
+def test_outputs_are_a_view_the_monitor_makes_and_classes_are_counted() -> None:
+    generator = np.random.default_rng(1)
+    labels, confidence = generator.integers(0, 2, 400), generator.uniform(0.5, 1.0, 400)
+    about = dict.fromkeys(("confidence", "entropy"), confidence)
+    watched = monitor(outputs_reference(), of_outputs=True, view="outputs")
+    watched.observe(records(400, predicted=labels, **about))
+    (part,) = watched.take_window()["drift"]
+    assert part["rows"] == 400
+    assert part["sums"][2:] == [int((labels == one).sum()) * 1024 for one in range(2)]
+    assert watched.statistics()["classes"] == [int((labels == one).sum()) for one in range(2)]
+
+
+def outputs_reference() -> Reference:
+    """About confidence, entropy and two classes; watched only."""
+    return Reference(
+        features=("confidence", "entropy", "class.walk", "class.rest"), channels=(), groups={},
+        labels=("walk", "rest"), channel_of=np.full(4, -1, np.int16), centre=np.zeros(4, np.float32),
+        scale=np.ones(4, np.float32), class_share=np.full(2, 0.5, np.float32), rows=1000,
+        guard=NO_GUARD, claim=Claim(0, 0, 0, 0, 0, 0.95, ""),
+    )  # fmt: skip
 
 
 def test_odd_rows_are_counted_by_channel() -> None:
