@@ -52,7 +52,9 @@ TESTED_LAGS: Final = 10
 SEASON_SHARE: Final = 0.05  # of the variance a season must take away
 SEASON_SURE: Final = 25.0  # and its chi-square, dependence counted: 8 terms exceed 26 by chance once in 1,000
 MOST_VALUES: Final = 16  # a column of at most so many different values is also looked at as categories
-LARGEST_RATE: Final = 0.95
+INDEPENDENT: Final = 0.01  # p-value, over all values of a categorical, below which they depend on the rows before
+FEWEST_AGAIN: Final = 3  # missing values that follow upon a missing one: fewer are no sign of bursts
+LARGEST_RATE: Final = 0.9999  # a bound of 1 leaves nothing to bet on
 
 Floats = NDArray[np.float64]
 
@@ -380,7 +382,7 @@ def _inflation(white: Floats) -> float:
 def _counters(x: Floats, residual: Floats) -> dict[str, Any]:
     n, w = x.shape
     alpha = (1 - OTHERS_SURE) / (3 * w)
-    missing = [binomial_above(int(count), n, alpha) for count in (~np.isfinite(x)).sum(axis=0)]
+    missing = [_misses(~np.isfinite(x[:, j]), alpha) for j in range(w)]
     repeated = [_repeats(x[:, j], alpha) for j in range(w)]
     rates = np.minimum([repeated, missing, [beyond_extremes(n, alpha)] * w], LARGEST_RATE)
     return {
@@ -388,6 +390,14 @@ def _counters(x: Floats, residual: Floats) -> dict[str, Any]:
         "high": -_single_below(-np.nanmax(residual, axis=0)),
         "rates": _single(rates),
     }
+
+
+def _misses(missing: NDArray[np.bool_], alpha: float) -> float:
+    """Most a value's chance of being missing may be; where they miss in bursts, of the next within one."""
+    count, again = int(missing.sum()), int((missing[1:] & missing[:-1]).sum())
+    rate = binomial_above(count, len(missing), alpha)
+    bursts = again >= FEWEST_AGAIN and again / count > rate
+    return max(rate, binomial_above(again, count, alpha)) if bursts else rate
 
 
 def _repeats(x: Floats, alpha: float) -> float:
@@ -401,14 +411,18 @@ def _repeats(x: Floats, alpha: float) -> float:
 
 
 def _bins(x: Floats, chosen: NDArray[np.int64], predicted: NDArray[Any] | None, labels: int) -> dict[str, Any]:
-    """Shares of columns of few values, and of the predicted classes."""
+    """Shares of columns of few values and of the predicted classes, where one row's value does not tell the next's: a
+    bet on shares is fair for independent rows only. A door that stays open is no category in this sense.
+    """
     found: list[tuple[int, Floats, Floats]] = []
     for place in range(len(chosen)):
         values = np.unique(x[np.isfinite(x[:, place]), place])
-        if len(values) <= MOST_VALUES:
+        if len(values) <= MOST_VALUES and _independent(x[:, place], values):
             found.append((place, values, x[:, place]))
     if predicted is not None and labels > 1:
-        found.append((-1, np.arange(labels, dtype=np.float64), np.asarray(predicted, dtype=np.float64)))
+        classes, column = np.arange(labels, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+        if _independent(column, classes):
+            found.append((-1, classes, column))
     width = max((len(values) for _, values, _ in found), default=0)
     share = np.zeros((len(found), width + 1))
     bound = np.zeros((len(found), width + 1))
@@ -426,6 +440,17 @@ def _bins(x: Floats, chosen: NDArray[np.int64], predicted: NDArray[Any] | None, 
         "bin_share": _single(share),
         "bin_bound": _single(np.where(bound > 0, bound, 1.0)),
     }
+
+
+def _independent(column: Floats, values: Floats) -> bool:
+    """Whether no value's coming and going shows dependence in time."""
+    known = np.isfinite(column)
+    lowest = INDEPENDENT / len(values)
+    return all(
+        _ljung_box(np.where(known, column == value, np.nan)) > lowest
+        for value in values
+        if 0 < np.count_nonzero(column == value) < np.count_nonzero(known)
+    )
 
 
 def binomial_above(count: int, n: int, alpha: float) -> float:

@@ -117,3 +117,22 @@ def test_chi_square_numbers_are_those_of_the_tables() -> None:
 def test_a_reference_of_32_features_fits_in_24_kb() -> None:
     rows = autoregressive(2500, seed=9, width=32)
     assert len(dump_reference(reference_of(fit(rows), width=32))) <= 24 * 1024
+
+
+def test_values_that_depend_on_the_rows_before_are_no_categories() -> None:
+    rows = gaussian(3000, seed=10)
+    rows[:, 0] = np.cumsum(np.random.default_rng(1).random(3000) < 0.02) % 2  # a door
+    rows[:, 1] = np.random.default_rng(2).integers(0, 3, 3000)
+    stays = np.arange(3000) // 20 % 3
+    assert fit(rows, predicted=stays, labels=3).bin_column.tolist() == [1]
+
+
+def test_values_that_are_missing_in_bursts_have_the_rate_of_a_burst() -> None:
+    rows = gaussian(3000, seed=11)
+    rows[::20, 0] = np.nan
+    for start in range(0, 3000, 100):
+        rows[start : start + 5, 1] = np.nan
+    rates = fit(rows).rates[1]
+    assert rates[0] == pytest.approx(0.065, abs=0.015)
+    assert rates[1] > 0.8
+    assert rates[2] < 0.005

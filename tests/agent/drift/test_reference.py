@@ -22,7 +22,7 @@ from agent.drift import (
     load_reference,
 )
 from agent.drift.reference import MAX_REFERENCE_BYTES
-from tests.agent.drift.stationary_streams import fit, gaussian, reference_of
+from tests.agent.drift.stationary_streams import fit, reference_of
 
 
 def rewritten(raw: bytes, changes: dict[str, np.ndarray | None], *, compress: bool = False) -> bytes:
@@ -257,8 +257,10 @@ def test_the_fixed_point_of_drift_windows_is_the_references(reference: Reference
 # --- a stationary model ------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def stationary() -> bytes:
-    rows = np.round(gaussian(600, seed=1) * 2)  # whole numbers: also categories
-    return dump_reference(reference_of(fit(rows, np.arange(600.0), predicted=np.arange(600) % 3, labels=3)))
+    generator = np.random.default_rng(1)
+    rows = np.stack([generator.integers(0, size, 600) for size in (3, 4, 5, 6)], axis=1) * 1.0  # also categories
+    model = fit(rows, np.arange(600.0), predicted=generator.integers(0, 3, 600), labels=3)
+    return dump_reference(reference_of(model))
 
 
 def test_a_stationary_model_is_read_as_it_was_written(stationary: bytes) -> None:
