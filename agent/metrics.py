@@ -72,6 +72,14 @@ METRICS: Final = (
     Metric("edgewarden_alarm", Kind.GAUGE, "1 while the alarm is raised.", ("service", "kind")),
     Metric("edgewarden_drift_evidence", Kind.GAUGE, "Share of the threshold; 1 raises.", ("service", "component")),
     Metric("edgewarden_drift_rows_total", Kind.COUNTER, "Rows the drift monitor judged.", ("service",)),
+    Metric(
+        "edgewarden_harm_evidence", Kind.GAUGE, "Disagreement with this witness, share of what raises.",
+        ("service", "engine"),
+    ),
+    Metric(
+        "edgewarden_witness_evidence", Kind.GAUGE, "Drift of the witness's own view, share of what silences it.",
+        ("service", "engine"),
+    ),
     Metric("edgewarden_switches_total", Kind.COUNTER, "Changes of the serving engine."),
     Metric("edgewarden_worker_generation", Kind.GAUGE, "Generation of the serving worker; 0 = none."),
     Metric("edgewarden_worker_losses", Kind.GAUGE, "Workers lost within the last minute."),
