@@ -30,6 +30,7 @@ from agent.drift.reference import Claim, Detectability, GuardStatistics, Referen
 from agent.drift.regimes import NAMING_ROWS, ClassResidual, RegimeDistance
 from agent.drift.views import CHANNEL_FEATURES, feature_names
 from compressor.errors import ReferenceRefused
+from compressor.marginals import with_bins
 
 FOLDS: Final = 3
 STAY_ROWS: Final = 13
@@ -174,6 +175,7 @@ def build_reference(
             "replay_orders": float(REPLAY_ORDERS),
         },
     )
+    draft = with_bins(draft, rows.features, rows.predicted)
     return replace(draft, claim=measure_claim(draft, held_out, name=held_out_name))
 
 

@@ -6,7 +6,7 @@ Every upward message carries `v` (message format), `device`, `boot` (id of this 
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -163,6 +163,54 @@ class Telemetry(Envelope):
 
 
 Severity = Literal["info", "notice", "warning", "error", "critical"]
+
+
+class ChangedFeature(Message):
+    """One feature since a drift began. `share` of the evidence; `shift` of its mean in `unit`, of a feature
+    `CHANNEL.log_...` the logarithm of a factor; `shift_sd` in reference standard deviations; `spread`: standard
+    deviation over the reference's. `how`: shift | spread | relation | repeated | missing | range | shares.
+    """
+
+    feature: str = Field(max_length=64)
+    channel: str = Field(default="", max_length=64)
+    share: float = Field(ge=0, le=1)
+    how: str = Field(max_length=16)
+    shift: float = Field(allow_inf_nan=False)
+    shift_sd: float = Field(allow_inf_nan=False)
+    spread: float = Field(ge=0, allow_inf_nan=False)
+    unit: str = Field(default="", max_length=16)
+
+
+Thousandths = Annotated[int, Field(ge=0, le=1000)]
+
+
+class DriftPicture(Message):
+    """One feature's histogram: thousandths of the rows in equal bins from `low` to `high`, others in the outer."""
+
+    feature: str = Field(max_length=64)
+    low: float = Field(allow_inf_nan=False)
+    high: float = Field(allow_inf_nan=False)
+    reference: list[Thousandths] = Field(max_length=16)  # empty: the reference has none
+    now: list[Thousandths] = Field(max_length=16)
+
+
+class DriftExplanation(Message):
+    """`details["explanation"]` of a drift event: what changed, largest share first. `rows` since the estimated
+    change, of which `looked_at` are described; `scope`: "one sensor" (`blamed`) or "the world"; `relative`: to what is
+    usual for the class, the season or the past, not to a constant; `changed_at_s`: the data's time of the change;
+    `changed_ago_s`: seconds from there to the newest row.
+    """
+
+    rows: int = Field(ge=0)
+    looked_at: int = Field(ge=0)
+    scope: str = Field(max_length=16)
+    blamed: str = Field(default="", max_length=64)
+    relative: bool = False
+    changed_at_s: float | None = Field(default=None, allow_inf_nan=False)
+    changed_ago_s: float | None = Field(default=None, allow_inf_nan=False)
+    channels: dict[str, float] = Field(default={}, max_length=8)
+    features: list[ChangedFeature] = Field(max_length=8)
+    pictures: list[DriftPicture] = Field(default=[], max_length=3)
 
 
 class Event(Envelope):

@@ -6,7 +6,8 @@ the reference, no threads. Device and host run the same code; calibration replay
     reference  what is normal here             regimes    has the stream left every known regime?
     stationary has a steady stream changed?    edetector  the bets it makes
     transforms season and lags taken out       models     what a monitor compares with
-    archive    arrays as bytes and back           senders    what repeats, what comes at another rate
+    archive    arrays as bytes and back        senders    what repeats, what comes at another rate
+    calendar   when rows came                  explanation what changed, in words and pictures
     harm       does a drift do harm?
 """
 
@@ -16,7 +17,9 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from agent.drift.calendar import Calendar
 from agent.drift.counters import GuardCounters
+from agent.drift.explanation import Explanation
 from agent.drift.findings import Finding
 from agent.drift.harm import HarmMonitor
 from agent.drift.models import RegimeModel, StationaryModel, Witness
@@ -35,10 +38,12 @@ from agent.drift.views import Combination, channel_features, combined, feature_n
 from agent.drift.windows import FixedPoint, MomentWindow
 
 __all__ = [
+    "Calendar",
     "Claim",
     "Combination",
     "Detectability",
     "DriftMonitor",
+    "Explanation",
     "Finding",
     "FixedPoint",
     "GuardCounters",
@@ -103,6 +108,10 @@ class DriftMonitor(Protocol):
 
     def suspicion(self) -> dict[str, float]:
         """Channel -> how odd it is now, the oddest first."""
+        ...
+
+    def explanation(self) -> Explanation | None:
+        """What the finding that stands is made of, as of now; None when none does."""
         ...
 
     def statistics(self) -> dict[str, float]: ...

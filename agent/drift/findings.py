@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from agent.drift.explanation import Explanation
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -20,3 +22,4 @@ class Finding:
     numbers: dict[str, float] = field(default_factory=dict)
     text: str = ""
     engine: str = ""
+    explanation: Explanation | None = field(default=None, compare=False)  # of a drift; for people, not its identity

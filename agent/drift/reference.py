@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from agent.contract.errors import Corrupt, TooLarge
 from agent.drift.archive import HINT, dump_arrays, load_arrays
+from agent.drift.explanation import BINS
 from agent.drift.models import RegimeModel, StationaryModel, Witness, channels_of
 from agent.drift.windows import FixedPoint
 
@@ -86,6 +87,9 @@ class Reference:
 
     At most one of `regimes` and `stationary` is set; with neither the view is followed and shown but never raises.
     `watched`: features that are followed and shown but never raise.
+
+    bins: (columns of the model, 16) uint16, how the reference rows fall into the bins of an explanation, as relative
+    counts; (0, 16) where nothing is known of it.
     """
 
     features: tuple[str, ...]
@@ -104,6 +108,7 @@ class Reference:
     watched: tuple[str, ...] = ()
     witnesses: tuple[Witness, ...] = ()
     detectability: tuple[Detectability, ...] = ()
+    bins: Array = field(default_factory=lambda: np.zeros((0, BINS), np.uint16))
     settings: dict[str, float] = field(default_factory=dict)
 
     def fixed_point(self) -> FixedPoint:
@@ -123,6 +128,7 @@ _COMMON: Final = {
     "scale": ("<f4", "d"),
     "class_share": ("<f4", "k"),
 }
+_BINS: Final = {"bins": ("<u2", "x6")}  # x columns of the stream's own model or none, 6 = BINS
 _REGIMES: Final = {
     "columns": ("<i2", "w"),
     "regime_means": ("<f4", "rw"),
@@ -193,7 +199,7 @@ def dump_reference(reference: Reference) -> bytes:
         ],
     }
     text = json.dumps(about, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    members = {"about": np.frombuffer(text, dtype=np.uint8), **_stored(reference, _COMMON)}
+    members = {"about": np.frombuffer(text, dtype=np.uint8), **_stored(reference, _COMMON | _BINS)}
     if reference.regimes:
         members |= _stored(reference.regimes, _REGIMES, "regimes.")
     if reference.stationary:
@@ -215,6 +221,7 @@ def load_reference(source: Path | bytes) -> Reference:
     if len(raw) > MAX_REFERENCE_BYTES:
         raise TooLarge(f"reference of {len(raw)} bytes is over {MAX_REFERENCE_BYTES}", hint=HINT)
     members = load_arrays(raw, needed=("about", *_COMMON), what="reference.npz")
+    members.setdefault("bins", np.zeros((0, BINS), np.uint16))
     try:
         reference = _assemble(members)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
@@ -279,7 +286,7 @@ def _assemble(members: Members) -> Reference:
         ),
         detectability=tuple(_detectability(line) for line in about["detectability"]),
         settings={str(name): float(value) for name, value in about["settings"].items()},
-        **_taken(members, _COMMON),
+        **_taken(members, _COMMON | _BINS),
     )
 
 
@@ -348,6 +355,10 @@ def _check(reference: Reference) -> None:
         _check_stationary(reference.stationary, d)
     if reference.stationary and reference.regimes:
         raise Corrupt("reference.npz holds two models of one stream", hint=HINT)
+    own = reference.stationary or reference.regimes
+    given = len(reference.bins) if reference.bins.ndim else 0
+    x = (len(own.columns) if own else min(given, d)) if given else 0
+    _check_arrays(reference, _BINS, {"x": x, "6": BINS})
     for witness in reference.witnesses:
         _check_arrays(witness, {"disagreement": ("<f4", "k")}, {"k": k})
 

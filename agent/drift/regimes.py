@@ -24,6 +24,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agent.drift.explanation import Explanation, Looked, Trail, explain
 from agent.drift.findings import Finding
 from agent.drift.models import RegimeModel, channels_of
 from agent.drift.reference import Reference
@@ -95,6 +96,25 @@ class ClassResidual:
         return squares
 
 
+class ClassUsual:
+    """Rows against what is usual for their predicted class, in standard deviations within classes. For people."""
+
+    def __init__(self, model: RegimeModel) -> None:
+        self._means = np.asarray(model.class_means, dtype=np.float64)
+        self.scale: Floats = np.sqrt(np.diag(np.asarray(model.class_covariance, dtype=np.float64)))
+
+    def standardised(self, rows: NDArray[Any], predicted: NDArray[Any]) -> Floats:
+        """rows: (rows, w) of the model's columns; predicted: (rows,), one without a valid class is held against the
+        nearest. Returns (rows, w).
+        """
+        valid = (predicted >= 0) & (predicted < len(self._means))
+        z: Floats = (rows - self._means[np.where(valid, predicted, 0)]) / self.scale
+        for row in np.flatnonzero(~valid).tolist():
+            every = (rows[row] - self._means) / self.scale
+            z[row] = every[(every * every).sum(axis=1).argmin()]
+        return z
+
+
 class RegimeMonitor:
     """Follows one stream. Owned by one thread; `state` and `restore` carry it over a restart."""
 
@@ -112,6 +132,16 @@ class RegimeMonitor:
         self._residual = ClassResidual(model.class_means, model.class_covariance, channel_of)
         centre, scale = (array.astype(np.float64)[self._columns] for array in (reference.centre, reference.scale))
         self._least, self._most = centre - FARTHEST_SD * scale, centre + FARTHEST_SD * scale
+        self._usual = ClassUsual(model)
+        self._looked = Looked(
+            names=tuple(reference.features[column] for column in self._columns.tolist()),
+            channels=tuple("" if place < 0 else self._channels[place] for place in channel_of.tolist()),
+            groups={name: reference.groups[name] for name in self._channels},
+            centre=np.zeros(len(self._columns)),
+            scale=self._usual.scale,
+            bins=reference.bins if model is reference.regimes else reference.bins[:0],
+            relative=True,
+        )
         self._components = ("total", *self._channels)
         self._alarms = 0
         self._skipped = 0
@@ -125,6 +155,8 @@ class RegimeMonitor:
         self._raised: tuple[str, ...] | None = None  # the channels named; a model may have none to name
         self._blamed = np.zeros(len(self._channels))  # squares since it was raised
         self._raised_rows = 0
+        self._since = 0  # rows from the estimated change to the finding that stands
+        self._trail = Trail(len(self._columns))
         self._quiet = 0
         self._rows = 0
 
@@ -154,7 +186,9 @@ class RegimeMonitor:
             return None
         self._rows += 1
         self._climb(self._distance.scores(row)[0])
-        squares = self._residual.squares(row, np.array([predicted]))
+        label = np.array([predicted])
+        squares = self._residual.squares(row, label)
+        self._trail.add(self._usual.standardised(row, label).astype(np.float32))
         self._recent = np.concatenate([self._recent, squares])[-NAMING_ROWS:]
         if self.raised:
             self._raised_rows += 1
@@ -185,9 +219,30 @@ class RegimeMonitor:
         Over 64 rows of the wrist data a channel with noise of 0.5 g or a gain of 0.3 stands out by 5 to 10 times, the
         worst channel of a new wearer by less than 2. A milder fault of one channel is not told from a new wearer.
         """
-        first, second, *_ = *sorted(self.blame().items(), key=lambda item: -item[1]), ("", 0.0), ("", 0.0)
-        stands_out = first[1] >= LEAST_BLAME and second[1] <= NAMED_SHARE * first[1]
-        return first[0] if self.raised and stands_out else ""
+        return _standing_out(self.blame()) if self.raised else ""
+
+    def explanation(self) -> Explanation | None:
+        """What the finding that stands is made of; None when none does.
+
+        A channel's part is its suspicion above 1, the reference's 90 % quantile (all of it when nobody is above); a
+        feature's part of that is its mean square in standard deviations of the predicted class.
+        """
+        if not self.raised:
+            return None
+        rows = self._since + self._raised_rows
+        suspicion = self.blame() if self._raised_rows >= NAMING_ROWS else self.suspicion()
+        excess = {name: max(ratio - 1.0, 0.0) for name, ratio in suspicion.items()}
+        channels = excess if any(excess.values()) else suspicion
+        z = self._trail.last(rows)
+        squares = (z * z).mean(axis=0) if len(z) else np.ones(len(self._columns))
+        shares = squares * [channels.get(name, 0.0) for name in self._looked.channels]
+        for name in self._channels:  # of each channel, its features' parts make its own
+            mine = np.array([channel == name for channel in self._looked.channels])
+            shares[mine] /= float(squares[mine].sum()) or 1.0
+        return explain(
+            self._looked, z, rows=rows, shares=shares if shares.any() else squares, channels=channels,
+            single=_standing_out(suspicion), hows={},
+        )  # fmt: skip
 
     def evidence(self) -> float:
         """Largest CUSUM as a share of the threshold; 1 raises."""
@@ -228,6 +283,7 @@ class RegimeMonitor:
             "recent": self._recent.tolist(),
             "raised": None if self._raised is None else list(self._raised),
             "raised_rows": self._raised_rows,
+            "since": self._since,
             "blamed": self._blamed.tolist(),
             "quiet": self._quiet,
             "rows": self._rows,
@@ -244,6 +300,7 @@ class RegimeMonitor:
         self._recent = np.array(state["recent"], dtype=np.float64).reshape(-1, len(self._channels))
         self._raised = None if state["raised"] is None else tuple(state["raised"])
         self._raised_rows = int(state["raised_rows"])
+        self._since = int(state["since"])
         self._blamed = np.array(state["blamed"], dtype=np.float64)
         self._quiet, self._rows = int(state["quiet"]), int(state["rows"])
         self._skipped, self._alarms = int(state["skipped"]), int(state["alarms"])
@@ -273,7 +330,7 @@ class RegimeMonitor:
         self._quiet = self._raised_rows = 0
         self._blamed = np.zeros(len(self._channels))
         self._alarms += 1
-        since = int(self._climbing[self._cusum.argmax()])
+        since = self._since = int(self._climbing[self._cusum.argmax()])
         return Finding(
             kind="drift",
             raised=True,
@@ -282,6 +339,7 @@ class RegimeMonitor:
             | {f"suspicion:{name}": ratio for name, ratio in suspicion.items()},
             text=f"the input left every known regime about {since} rows ago"
             + (f", most of all in {self._raised[0]}" if self._raised else ""),
+            explanation=self.explanation(),
         )
 
     def _clear(self) -> Finding:
@@ -293,6 +351,12 @@ class RegimeMonitor:
             numbers={"evidence": self.evidence()},
             text=f"the input has been in known regimes for {REARM_ROWS} rows",
         )
+
+
+def _standing_out(suspicion: dict[str, float]) -> str:
+    """The one channel far above all others; "" when there is none."""
+    first, second, *_ = *sorted(suspicion.items(), key=lambda item: -item[1]), ("", 0.0), ("", 0.0)
+    return first[0] if first[1] >= LEAST_BLAME and second[1] <= NAMED_SHARE * first[1] else ""
 
 
 def whitening(covariance: NDArray[Any]) -> Floats:

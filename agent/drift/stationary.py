@@ -26,7 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agent.drift.edetector import BATCH_ROWS, CLIP, Batch, EDetector, Leading
+from agent.drift.explanation import Explanation, How, Looked, Trail, explain
 from agent.drift.findings import Finding
+from agent.drift.models import StationaryModel
 from agent.drift.reference import Reference
 from agent.drift.transforms import Transform
 
@@ -35,6 +37,12 @@ SINGLE_SHARE: Final = 0.25  # of the first's: a second one above it means that i
 TOLD: Final = 8  # channels whose share a finding tells
 LARGEST: Final = 1e30  # a number beyond it is as good as none
 MOST_TESTS: Final = 4  # statistics that must be back before a finding ends
+
+HOWS: Final = {
+    "mean": How.SHIFT, "level": How.SHIFT, "variance": How.SPREAD, "spread": How.SPREAD, "pair": How.RELATION,
+    "repeated": How.REPEATED, "missing": How.MISSING, "range": How.RANGE, "bins": How.SHARES,
+}  # fmt: skip
+"""What a family's evidence about its first feature is about; of an axis it is said by the rows."""
 
 Floats = NDArray[np.float64]
 
@@ -76,6 +84,8 @@ class StationaryMonitor:
         self._low, self._high = model.low.astype(np.float64), model.high.astype(np.float64)
         self._bin_values = [values[np.isfinite(values)].astype(np.float64) for values in model.bin_values]
         self._threshold = model.claim_rows / BATCH_ROWS
+        self._offset = offset
+        self._looked = looked_at(reference, model)
         self._alarms = 0
         self._missing = 0
         self.reset()
@@ -92,6 +102,8 @@ class StationaryMonitor:
         self._raised: tuple[str, ...] | None = None
         self._shares: dict[str, float] = {}
         self._raised_rows = 0
+        self._since = 0  # rows from the estimated change to the finding that stands
+        self._trail = Trail(w, block_rows=BATCH_ROWS)
         self._returns: tuple[_Return, ...] = ()
         self._seen = 0
 
@@ -147,6 +159,7 @@ class StationaryMonitor:
         z = residual - self._middle
         self._block[0] = x[-1]
         z *= self._per_scale
+        self._trail.add(z.astype(np.float32))
         np.minimum(z, self._most, out=z)
         np.maximum(z, self._least, out=z)
         if not (whole and self._transform.idle):
@@ -189,7 +202,7 @@ class StationaryMonitor:
         self._returns = tuple(_Return(one, 0.0) for one in leading)
         self._raised_rows = 0
         self._alarms += 1
-        since = max(BATCH_ROWS, round(first.age * BATCH_ROWS))
+        since = self._since = max(BATCH_ROWS, round(first.age * BATCH_ROWS))
         sizes = self._detector.sizes(first.age)
         feature = self._detector.feature_of(first)
         numbers = {
@@ -209,6 +222,7 @@ class StationaryMonitor:
             numbers=numbers,
             text=f"the stream changed about {since} rows ago, most of all in {self._raised[0]}: "
             + _words(first.kind, self._features[feature], numbers),
+            explanation=self.explanation(),
         )
 
     def _clear(self) -> Finding:
@@ -256,6 +270,31 @@ class StationaryMonitor:
         shares = [*self.blame().items(), ("", 0.0), ("", 0.0)]
         return shares[0][0] if self.raised and shares[1][1] <= SINGLE_SHARE * shares[0][1] else ""
 
+    def explanation(self) -> Explanation | None:
+        """What the finding that stands is made of; None when none does. Shares are of the log-wealth beyond the
+        threshold, of all if none is beyond.
+        """
+        if self._raised is None:
+            return None
+        rows = self._since + self._raised_rows
+        of_features = self._detector.feature_wealth()
+        beyond = np.maximum(of_features - math.log(self._threshold), 0.0)
+        return explain(
+            self._looked, self._trail.last(rows) + self._offset, rows=rows,
+            shares=beyond if beyond.any() else of_features, channels=self._channel_shares(),
+            single=self.single_channel(), hows=self._hows(),
+        )  # fmt: skip
+
+    def _hows(self) -> dict[int, How]:
+        """Column -> what the strongest evidence about it says; a repeated or missing value also moves the mean."""
+        found: dict[int, How] = {}
+        leading = [one for one in self._detector.leading(TOLD) if one.kind in HOWS]
+        for one in sorted(leading, key=lambda one: one.kind not in ("repeated", "missing", "bins")):
+            found.setdefault(self._detector.feature_of(one), HOWS[one.kind])
+            if one.kind == "pair":
+                found.setdefault(one.other, How.RELATION)
+        return found
+
     def evidence(self) -> float:
         """The average of all e-detectors over the threshold; 1 raises."""
         return self._detector.evidence()
@@ -289,6 +328,7 @@ class StationaryMonitor:
             "filled": self._filled,
             "raised": None if self._raised is None else list(self._raised),
             "raised_rows": self._raised_rows,
+            "since": self._since,
             "returns": [
                 {
                     **one.leading._asdict(),
@@ -312,10 +352,29 @@ class StationaryMonitor:
         self._detector.restore(_part(arrays, "detector."))
         self._filled = int(state["filled"])
         self._raised = None if state["raised"] is None else tuple(state["raised"])
-        self._raised_rows = int(state["raised_rows"])
+        self._raised_rows, self._since = int(state["raised_rows"]), int(state["since"])
         self._returns = tuple(_returned(one) for one in state["returns"])
         self._seen, self._missing, self._alarms = (int(state[name]) for name in ("seen", "missing", "alarms"))
         return True
+
+
+def looked_at(reference: Reference, model: StationaryModel) -> Looked:
+    """How people are told of this model's features. A shift of an autoregressive feature's residual is that of its
+    level over 1 / (1 - sum of its coefficients).
+    """
+    columns = model.columns.tolist()
+    remembered = model.lags.astype(np.float64).sum(axis=0)
+    relative = bool(model.season.any() or model.lags.any())
+    channels = [int(reference.channel_of[column]) for column in columns]
+    return Looked(
+        names=tuple(reference.features[column] for column in columns),
+        channels=tuple(reference.channels[channel] if channel >= 0 else "" for channel in channels),
+        groups=reference.groups,
+        centre=np.zeros(len(columns)) if relative else model.centre.astype(np.float64),
+        scale=model.scale / np.maximum(1.0 - remembered, 0.01),
+        bins=reference.bins,
+        relative=relative,
+    )
 
 
 def _words(kind: str, feature: str, numbers: dict[str, float]) -> str:

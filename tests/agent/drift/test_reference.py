@@ -92,6 +92,7 @@ def test_a_wrist_sized_reference_fits_in_24_kb(reference: Reference) -> None:
         centre=np.zeros(d),
         scale=np.ones(d),
         class_share=np.full(7, 1 / 7),
+        bins=np.full((d, 16), 20),
         regimes=replace(
             reference.regimes,
             columns=np.arange(d),
