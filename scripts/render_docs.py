@@ -39,6 +39,7 @@ def pages() -> dict[str, str]:
         "reported": messages.Reported,
         "tm": messages.Telemetry,
         "ev": messages.Event,
+        "explanation": messages.DriftExplanation,
         "manifest": artifact.Manifest,
     }
     made = {f"schema/{name}.json": _schema(model) for name, model in schemas.items()}
