@@ -197,8 +197,8 @@ class DriftPicture(Message):
 class DriftExplanation(Message):
     """`details["explanation"]` of a drift event: what changed, largest share first. `rows` since the estimated
     change, of which `looked_at` are described; `scope`: "one sensor" (`blamed`) or "the world"; `relative`: to
-    what is usual for the class, the season or the past, not to a constant; `changed_at_s`: the data's time of the change;
-    `changed_ago_s`: seconds from there to the newest row.
+    what is usual for the class, the season or the past, not to a constant; `changed_at_s`: the data's time of the
+    change; `changed_ago_s`: seconds from there to the newest row.
     """
 
     rows: int = Field(ge=0)
