@@ -87,7 +87,7 @@ def test_what_cannot_work_is_refused_at_the_door(folder: Path, text: str, servic
 
 
 def test_more_mistakes_than_one_can_read_are_counted_and_the_reference_is_named(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"; and 2 more$") as told:
+    with pytest.raises(ConfigError, match=r"; and 2 more\n") as told:
         load(folder, "[link]\n" + "".join(f"x{number} = 1\n" for number in range(7)))
     assert "docs/reference/agent-config.md" in told.value.sentence()
     with pytest.raises(ConfigError) as told:
