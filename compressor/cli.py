@@ -333,7 +333,23 @@ def _card_lines(card: dict[str, Any]) -> list[str]:
         lines.append(f"{'on ' + new['role']:<24}" + "".join(f"{new.get(n, float('nan')):>14.3f}" for n in names))
     if card.get("claim"):
         lines += ["", f"claim      {card['claim']['text']}"]
-    return lines
+    return lines + _monitor_lines(card.get("monitor") or {})
+
+
+def _monitor_lines(monitor: dict[str, Any]) -> list[str]:
+    """Which drift monitor, why, and what it finds."""
+    if not monitor:
+        return []
+    lines = [f"monitor    {monitor['kind']}", *(f"           {text}" for text in monitor["because"])]
+    lines += [f"watched    {name} only: {why}" for name, why in monitor["watched"].items()]
+    lines += [f"tolerates  {name}: {sd:.2g} sd" for name, sd in monitor["tolerance_sd"].items()]
+    for fault in monitor.get("battery", ()):
+        median = fault["median_delay_rows"]
+        delay = "mostly never" if median is None else f"after {median:.0f} rows (median)"
+        lines.append(
+            f"finds      {fault['fault']:<42}{fault['found_share']:>5.0%} within {fault['within_rows']}, {delay}"
+        )
+    return [*lines, *([f"promises   {monitor['promise']}"] if "promise" in monitor else [])]
 
 
 def _verify(options: argparse.Namespace) -> int:

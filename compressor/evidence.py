@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from agent.drift.reference import dump_reference
+from agent.drift.reference import Reference, dump_reference
 from agent.drift.views import CHANNEL_FEATURES
+from compressor import battery, calibration
 from compressor.assess import Bench, golden_rows
 from compressor.cache import stage_key
 from compressor.candidate import Variant
@@ -32,6 +33,7 @@ from compressor.reference import (
 from compressor.stages.naming import PROBABILITY
 from compressor.task import Role, Rows, Task, TaskData
 
+REFERENCE, HELD_OUT, CLEAN = Role.CALIBRATE, Role.SELECT, Role.STREAM  # what a view's monitor is made and judged by
 DECIMALS = 5  # golden answers are rounded: the last bits of a float differ between processors
 
 
@@ -42,6 +44,7 @@ class Watch:
     reference: bytes
     claim: dict[str, Any]
     detectability: tuple[dict[str, Any], ...]
+    monitor: dict[str, Any]  # which it is and why (calibration.py), what it finds (battery.py)
 
 
 def fault_column(bench: Bench, variant: Variant) -> list[float]:
@@ -88,7 +91,9 @@ def watch(
     name, the variants that may tell whether a drift does harm: those that read other series than this one.
     """
     told = {name: one for name, one in (witnesses or {}).items() if one.model.channels != variant.model.channels}
-    sources = ("evidence.py", "reference.py", "corruptions.py", "task.py")
+    sources = (
+        "evidence.py", "reference.py", "calibration.py", "stationary.py", "battery.py", "corruptions.py", "task.py",
+    )  # fmt: skip
     inputs = {
         "model": variant.sha256, "task": bench.task_sha256, "data": bench.data.sha256,
         "settings": bench.recipe.data, "runs": detection_runs,
@@ -97,9 +102,9 @@ def watch(
     key = stage_key("reference", inputs, sources=sources)
     if kept := bench.cache.get(key):
         card = json.loads(kept["card.json"])
-        return Watch(kept["reference.npz"], card["claim"], tuple(card["detectability"]))
+        return Watch(kept["reference.npz"], card["claim"], tuple(card["detectability"]), card["monitor"])
     made = _watch(bench, variant, detection_runs, told)
-    card = {"claim": made.claim, "detectability": made.detectability}
+    card = {"claim": made.claim, "detectability": made.detectability, "monitor": made.monitor}
     bench.cache.put(key, {"reference.npz": made.reference, "card.json": json.dumps(card).encode()})
     return made
 
@@ -107,7 +112,7 @@ def watch(
 def _watch(bench: Bench, variant: Variant, detection_runs: int, witnesses: Mapping[str, Variant]) -> Watch:
     engine, task = bench.engine(variant), bench.task
     names = view_names(task)
-    calibrate, select, stream = (bench.data.role(role) for role in (Role.CALIBRATE, Role.SELECT, Role.STREAM))
+    calibrate, select, stream = (bench.data.role(out_of_sample(role)) for role in (REFERENCE, HELD_OUT, CLEAN))
     seen, held_out, clean = (
         _view_rows(ask(engine, task.input_name, rows.windows), rows) for rows in (calibrate, select, stream)
     )
@@ -120,11 +125,19 @@ def _watch(bench: Bench, variant: Variant, detection_runs: int, witnesses: Mappi
         )
         for name, one in witnesses.items()
     ]
-    reference = build_reference(
-        seen, names, guard=guard, held_out=held_out, held_out_name="windows of role select", witnesses=said
-    )
+
+    def regimes() -> Reference:
+        return build_reference(
+            seen, names, guard=guard, held_out=held_out, held_out_name="windows of role select", witnesses=said
+        )
+
+    decided = calibration.calibrate(seen, held_out, names, guard=guard, regimes=regimes)
+    reference = decided.reference
     lines: tuple[dict[str, Any], ...] = ()
+    told = decided.card()
     if detection_runs:
+        told |= battery.as_card(battery.measure_battery(reference, clean, runs=detection_runs))
+    if detection_runs and decided.kind is not calibration.Kind.WATCHED:
         faulty = {
             fault.name: _view_rows(ask(engine, task.input_name, fault.apply(stream.windows)), stream)
             for fault in task.faults
@@ -132,7 +145,17 @@ def _watch(bench: Bench, variant: Variant, detection_runs: int, witnesses: Mappi
         touched = {fault.name: fault.channels for fault in task.faults}
         found = measure_detectability(reference, clean, faulty, touched, runs=detection_runs)
         lines = tuple(asdict(line) for line in found)
-    return Watch(dump_reference(reference), asdict(reference.claim), lines)
+    return Watch(dump_reference(reference), asdict(reference.claim), lines, told)
+
+
+def out_of_sample(role: Role) -> Role:
+    """The role, if no model was trained on it: outputs and embeddings of rows it learnt look better than they are.
+
+    Raises: ValueError
+    """
+    if role in (Role.TRAIN, Role.ENROL_TRAIN):
+        raise ValueError(f"rows of role {role} made the model and cannot make its reference")
+    return role
 
 
 def columns_of(task: Task, series: Sequence[str]) -> tuple[int, ...]:

@@ -139,7 +139,7 @@ def _content(
     watch = None if variant is None else evidence.watch(bench, variant, detection_runs=0)
     card = package.make_card(
         accuracy=accuracy, role=Role.STREAM, rows=rows, faults=faults, origin=origin, package=bench.recipe.package,
-        device_class=DEVICE_CLASS, claim=watch.claim if watch else None,
+        device_class=DEVICE_CLASS, claim=watch.claim if watch else None, monitor=watch.monitor if watch else None,
     )  # fmt: skip
     return package.Content(
         name=name,

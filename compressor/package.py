@@ -175,6 +175,7 @@ def make_card(
     device_class: str,
     claim: Mapping[str, Any] | None = None,
     detectability: Sequence[Mapping[str, Any]] = (),
+    monitor: Mapping[str, Any] | None = None,
     gates: Sequence[Mapping[str, Any]] = (),
     accuracy_new: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -194,6 +195,7 @@ def make_card(
             for line in faults
         ],
         "claim": dict(claim or {}),
+        "monitor": dict(monitor or {}),
         "detectability": [dict(line) for line in detectability],
         "gates": [dict(gate) for gate in gates],
         "recipe_sha256": origin.recipe_sha256,

@@ -172,6 +172,7 @@ def _shipped(ship: Shipped, result: Result, folder: Path) -> dict[str, Any]:
         "faults": [{**asdict(line), "channels": list(line.channels)} for line in ship.faults],
         "claim": ship.watch.claim,
         "detectability": list(ship.watch.detectability),
+        "monitor": ship.watch.monitor,
         "artifacts": {
             name: {"folder": f"{ship.device.name}/{name}", "manifest_sha256": sha256_file(folder / name / MANIFEST)}
             for name in ship.accuracy

@@ -156,5 +156,6 @@ def _card(
         device_class=ship.device.name,
         claim=watch.claim if watch else None,
         detectability=watch.detectability if watch else (),
+        monitor=watch.monitor if watch else None,
         accuracy_new=ship.accuracy_new,
     )
