@@ -143,6 +143,7 @@ def _service(config: AgentConfig, section: ServiceSection, index: int, folders: 
         hop_s=active.window.hop / active.window.rate_hz if active.window else 0.0,
         repeats=active.window is not None if config.guard.repeated is None else config.guard.repeated,
         accuracy={one.engine: one.accuracy for one in card.engines if one.accuracy is not None},
+        units={channel.name: channel.unit for tensor in active.inputs for channel in tensor.channels},
     )
     return Blueprint(
         name=section.name,

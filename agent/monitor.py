@@ -40,7 +40,9 @@ from agent.decisions.events import (
     Level,
 )
 from agent.drift import (
+    Calendar,
     DriftMonitor,
+    Explanation,
     Finding,
     FixedPoint,
     GuardCounters,
@@ -51,6 +53,7 @@ from agent.drift import (
     drift_monitor,
 )
 from agent.drift.counters import HISTORY_ROWS
+from agent.drift.explanation import details
 from agent.drift.thinning import Allowance, Repetition
 from agent.drift.views import output_features
 from agent.observation import NO_CLASS, NO_ENGINE, PATCHED, Outcome
@@ -108,6 +111,7 @@ class MonitorPlan:
     hop_s: float = 0.0
     repeats: bool = False
     accuracy: Mapping[str, float] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)  # channel -> unit, for explanations
 
 
 class Monitor:
@@ -131,6 +135,7 @@ class Monitor:
         self._fixed: FixedPoint | None = reference.fixed_point() if reference else None
         witnesses = reference.witnesses if reference and self._drift else ()
         self._harm = HarmMonitor(reference, plan.accuracy) if reference and witnesses else None
+        self._calendar = Calendar()  # arrival and data time of the rows that are followed
         self._drift_rows = Allowance(DRIFT_ROWS_PER_S / (1 + len(witnesses)), DRIFT_ROWS_AT_ONCE)
         self._totals: Counter[str] = Counter()
         self._odd: Counter[tuple[str, str]] = Counter()  # rows by guard and channel
@@ -226,6 +231,7 @@ class Monitor:
                 for name in BITS
             },
             "drift": self._drift.statistics() if self._drift else {},
+            "explanation": self._explained(self._drift.explanation()) if self._drift else {},
             "harm": self._harm.statistics() if self._harm else {},
         }
 
@@ -415,8 +421,10 @@ class Monitor:
             # row where harm is judged, which looks at every row's evidence
             most = PERSISTED_ROWS - before if before < PERSISTED_ROWS else PERSISTED_ROWS
             piece = slice(start, start + (1 if self._harm else most))
+            self._calendar.add(rows["arrival_ns"][piece], rows["data_time_s"][piece])
             found = drift.follow(features[piece], rows["predicted"][piece], rows["data_time_s"][piece])
-            yield from (self._alarm(finding) for _, finding in found)
+            left = len(rows["row"][piece])
+            yield from (self._alarm(finding, back=left - 1 - number) for number, finding in found)
             if self._harm:
                 yield from self._follow_harm(self._harm, drift, features[start], rows[start])
             if not found and before < PERSISTED_ROWS <= drift.raised_rows:  # a row may not count
@@ -456,7 +464,19 @@ class Monitor:
         blame = drift.blame()
         channels = tuple(sorted(blame, key=lambda name: -blame[name]))
         return DriftPersists(
-            self._plan.service, PERSISTED_ROWS, channels, open_guards, drift.single_channel(), self._digest
+            self._plan.service, PERSISTED_ROWS, channels, open_guards, drift.single_channel(), self._digest,
+            self._explained(drift.explanation()),
+        )  # fmt: skip
+
+    def _explained(self, explanation: Explanation | None, *, back: int = 0) -> dict[str, Any]:
+        """As `DriftExplanation` of the contract; {} for none. back: rows that came after the one it is of."""
+        if explanation is None:
+            return {}
+        newest = self._calendar.rows - 1 - back
+        changed_ns, changed_at_s = self._calendar.at(newest - explanation.rows + 1)
+        newest_ns, _ = self._calendar.at(newest)
+        return details(
+            explanation, self._plan.units, changed_at_s=changed_at_s, changed_ago_s=(newest_ns - changed_ns) * 1e-9
         )
 
     def _odd_rows(self, judged: Records) -> Counter[str]:
@@ -474,7 +494,7 @@ class Monitor:
             counts[f"scale:{group}"] = int(np.count_nonzero(judged["scale_bits"] & np.uint64(mask)))
         return counts
 
-    def _alarm(self, finding: Finding) -> Event:
+    def _alarm(self, finding: Finding, *, back: int = 0) -> Event:
         kind, service = AlarmKind(finding.kind), self._plan.service
         if not finding.raised:
             return AlarmCleared(service, kind, finding.channels)
@@ -483,8 +503,9 @@ class Monitor:
             numbers["delay_windows"] = numbers["rows_since_change"]
         level = Level.BROKEN_INPUT if kind in BROKEN_INPUT else LEVELS[kind]
         return AlarmRaised(
-            service, kind, level, finding.channels, text=finding.text, numbers=numbers, better=finding.engine
-        )
+            service, kind, level, finding.channels, text=finding.text, numbers=numbers, better=finding.engine,
+            explanation=self._explained(finding.explanation, back=back),
+        )  # fmt: skip
 
     # --- telemetry ---
     def _latency_fields(self) -> list[dict[str, Any]]:

@@ -122,6 +122,7 @@ def service(sources: Sources, blueprint: Blueprint) -> dict[str, Any]:
         "odd_rows": watched["odd_rows"],
         "classes": dict(zip(blueprint.plan.labels, watched["classes"], strict=False)),
         "drift": _whole(watched["drift"]),
+        "explanation": watched["explanation"],
         "harm": _whole(watched["harm"]),
         "claim": blueprint.reference.claim.text if blueprint.reference else "",
         "problems": list(blueprint.problems),

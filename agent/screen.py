@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from agent.clock import iso
+from agent.drift.explanation import lines
 
 Document = Mapping[str, Any]
 LABEL = 12  # columns of the first column
@@ -101,6 +102,8 @@ def _service(service: Document, clock: Document, look: Look) -> Iterator[str]:
     yield _row("latency", _latency(service, look))
     yield _row("guards", _guards(service, look))
     yield _row("drift", _drift(service, look))
+    for at, line in enumerate(lines(service["explanation"]) if service.get("explanation") else ()):
+        yield _row("" if at else "changed", line)
     if service.get("harm"):
         yield _row("harm", _harm(service, look))
 

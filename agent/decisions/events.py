@@ -54,6 +54,7 @@ class AlarmRaised:
     text: str = ""
     numbers: dict[str, float] = field(default_factory=dict)
     better: str = ""  # of harm: the engine that says so, and that should serve instead
+    explanation: dict[str, Any] = field(default_factory=dict)  # of drift: `DriftExplanation` of the contract
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,7 @@ class DriftPersists:
     guards: tuple[str, ...] = ()
     single_channel: str = ""
     reference: str = ""
+    explanation: dict[str, Any] = field(default_factory=dict)  # as of now, see AlarmRaised
 
 
 @dataclass(frozen=True, slots=True)

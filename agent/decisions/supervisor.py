@@ -216,6 +216,8 @@ class Supervisor:
             details["decision"] = f"{state.pin} is pinned" if state.pin else choice.reason
         if event.better:
             details["better"] = event.better
+        if event.explanation:
+            details["explanation"] = event.explanation
         return [
             Publish(
                 SEVERITY_OF_LEVEL[event.level], PUBLISHED_AS[event.kind], event.text or alarm.fault.sentence(),
@@ -424,6 +426,7 @@ def _persisting(event: DriftPersists) -> Publish:
         "guards": list(event.guards),
         "single_channel": bool(event.single_channel),
         "reference": event.reference,
+        **({"explanation": event.explanation} if event.explanation else {}),
     }
     return Publish(
         "warning", "drift", f"the drift has lasted {event.windows} windows, {what}{beside}", event.service,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from agent.contract import messages
 from agent.contract.messages import DriftWindow, LatencySketch
 from agent.decisions.budget import LatencyBudget
 from agent.decisions.events import (
@@ -420,6 +421,34 @@ def test_a_drift_that_lasts_is_said_once_more_with_what_else_is_wrong(
     (persists,) = (event for event in events if isinstance(event, DriftPersists))
     assert (persists.windows, persists.single_channel, persists.channels[0]) == (64, "gx", "gx")
     assert (persists.guards, persists.reference) == (("dead:gx",), reference.digest())
+
+
+def test_a_drift_is_explained_in_the_channels_unit_with_the_time_of_its_change(
+    stream: RegimeStream, reference: Reference
+) -> None:
+    watched = monitor(reference, units={"gx": "rad/s"})
+    assert watched.statistics()["explanation"] == {}
+    rows = stream.rows(20, seed=12)
+    moved = rows.features.copy()
+    moved[:, reference.features.index("gx.mean")] += 12.0
+    batch = np.concatenate([viewed(rows.features, rows.predicted), viewed(moved, rows.predicted)])
+    batch["arrival_ns"] = np.arange(len(batch)) * 1_000_000_000
+    batch["data_time_s"] = 1000.0 + np.arange(len(batch))
+    events = watched.observe(batch)
+    (alarm,) = alarms(events)
+    told = messages.DriftExplanation.model_validate(alarm.explanation)
+    first = told.features[0]
+    assert (first.feature, first.unit) == ("gx.mean", "rad/s")
+    assert first.shift == pytest.approx(12.0, abs=3.0)
+    assert 1000.0 + len(rows) - 4 <= told.changed_at_s <= 1000.0 + len(rows)  # a mark every fourth row
+    assert told.changed_ago_s == pytest.approx(told.rows, abs=4)
+    (persists,) = (event for event in events if isinstance(event, DriftPersists))
+    assert persists.explanation["rows"] > told.rows
+    standing = messages.DriftExplanation.model_validate(watched.statistics()["explanation"])
+    assert standing.rows >= len(rows)
+    said = messages.Event(device="d" * 64, boot="b", seq=1, at=0.0, severity="warning", kind="drift", text=alarm.text,
+                 numbers=alarm.numbers, details={"explanation": alarm.explanation})  # fmt: skip
+    assert len(said.encode()) < 4096
 
 
 def test_a_lasting_drift_is_said_once_also_when_rows_that_are_not_finite_follow(

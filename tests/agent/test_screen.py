@@ -95,6 +95,22 @@ def test_it_says_how_the_serving_engine_is_run_and_what_could_not_be_had() -> No
     assert "wrist-accel: CUDAExecutionProvider was asked for" in screen
 
 
+def test_an_open_drift_is_told_by_feature_with_its_histogram() -> None:
+    flat, peaked = [62] * 16, [0] * 15 + [1000]
+    told = {
+        "rows": 34, "looked_at": 34, "scope": "one sensor", "blamed": "gx", "relative": True, "changed_at_s": None,
+        "changed_ago_s": 44.0, "channels": {"gx": 1.0},
+        "features": [{"feature": "gx.mean", "channel": "gx", "share": 0.9, "how": "shift", "shift": 0.8,
+                      "shift_sd": 4.2, "spread": 1.0, "unit": "rad/s"}],
+        "pictures": [{"feature": "gx.mean", "low": -1.0, "high": 1.0, "reference": flat, "now": peaked}],
+    }  # fmt: skip
+    screen = draw(changed(service={"explanation": told}), Look(width=0))
+    assert "one sensor (gx), for about 34 rows, 44 s" in screen
+    assert "gx mean +0.8 rad/s (+4.2 sd), 90 % of the evidence" in screen
+    assert "█" * 16 + " -> " + "·" * 15 + "█" in screen
+    assert "of the evidence" not in draw(changed(service={"explanation": {}}), Look(width=0))
+
+
 def test_it_fits_one_screen_and_keeps_its_width() -> None:
     long = changed(service={"reason": "x" * 500, "complaints": ["y" * 500]})
     lines = draw(long, Look(width=80)).splitlines()
