@@ -28,6 +28,7 @@ from agent.drift import Finding, drift_monitor
 from agent.drift.models import StationaryModel
 from agent.drift.reference import Claim, GuardStatistics, Reference
 from compressor.errors import ReferenceRefused
+from compressor.marginals import with_bins
 from compressor.reference import CONFIDENCE, ViewNames, ViewRows
 from compressor.stationary import FEWEST_ROWS, ThinReference, fit_stationary
 
@@ -90,13 +91,13 @@ def calibrate(
     attempt = _stationary(rows, held_out, names, claim_rows)
     plain = _plain(rows, names, guard)
     if attempt.model is not None and attempt.share >= LEAST_KEPT:
-        return _with_stationary(plain, attempt, attempt.model)
+        return _with_stationary(plain, attempt, attempt.model, rows)
     found, said = _regimes(rows, regimes)
     because = (*attempt.because, said)
     if found is not None and found.claim.rows_per_alarm:
         return Calibrated(found, Kind.REGIMES, because)
     if attempt.model is not None:
-        return _with_stationary(plain, replace(attempt, because=because), attempt.model)
+        return _with_stationary(plain, replace(attempt, because=because), attempt.model, rows)
     if found is None and attempt.refused:
         raise ReferenceRefused(
             "; ".join(because), hint="Give the reference role a longer part of the stream or of each recording."
@@ -297,7 +298,7 @@ def _dead(x: Floats, columns: list[int]) -> Iterator[int]:
                 break
 
 
-def _with_stationary(plain: Reference, attempt: _Attempt, model: StationaryModel) -> Calibrated:
+def _with_stationary(plain: Reference, attempt: _Attempt, model: StationaryModel, rows: ViewRows) -> Calibrated:
     names = [plain.features[column] for column in model.columns.tolist()]
     tolerances = {name: float(sd) for name, sd in zip(names, model.tolerance_sd.tolist(), strict=True) if sd > 0}
     tolerated = f"up to {max(tolerances.values()):.2g} sd" if tolerances else "of what the reference cannot tell"
@@ -313,6 +314,7 @@ def _with_stationary(plain: Reference, attempt: _Attempt, model: StationaryModel
         "largest_tolerance_sd": max(tolerances.values(), default=0.0),
     }  # fmt: skip
     made = replace(plain, stationary=model, claim=claim, watched=watched, settings=settings)
+    made = with_bins(made, rows.features, rows.predicted, rows.times_s)
     return Calibrated(made, Kind.STATIONARY, attempt.because, attempt.watched, tolerances)
 
 

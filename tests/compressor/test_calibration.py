@@ -56,6 +56,7 @@ def decided(rows: ViewRows, held_out: ViewRows, **changes: Any) -> Calibrated:
 def test_a_steady_stream_gets_the_stationary_monitor_and_the_agent_raises_on_a_shift() -> None:
     made = decided(stream(gaussian(2400, 1)), stream(gaussian(2400, 2)))
     assert (made.kind, made.watched, made.tolerance_sd) == (Kind.STATIONARY, {}, {})
+    assert made.reference.bins.shape == (len(made.reference.features), 16)
     reference = load_reference(dump_reference(made.reference))  # as a device reads it
     assert reference.claim.rows_per_alarm == CLAIM_ROWS
     assert reference.claim.replayed_rows == 4800
