@@ -59,35 +59,41 @@ def measure_battery(reference: Reference, clean: ViewRows, *, runs: int) -> tupl
     clean: consecutive rows that nothing was fitted to.
     """
     monitor = drift_monitor(reference)
-    model = reference.stationary or reference.regimes
-    if monitor is None or model is None or not len(clean):
+    if monitor is None or not len(clean):
         return ()
-    within = STATIONARY_ROWS if reference.stationary else SESSION_ROWS
-    columns = model.columns.tolist()
-    sd = reference.scale.astype(np.float64)
     runs = min(runs, MOST_RUNS)
-    lines = []
-    for name, (fault, single) in _faults(reference).items():
-        generator = np.random.default_rng(SEED + 2)
-        delays: list[float] = []
-        named: list[bool] = []
-        for run in range(runs):
-            column = columns[run * len(columns) // runs]
-            rows = clean[_order(clean, reference, 2 * CLEAN_ROWS + within, generator)]
-            start = int(generator.integers(CLEAN_ROWS, 2 * CLEAN_ROWS))
-            before, after = rows[np.arange(start)], rows[np.arange(start, start + within)]
-            delay, first = _run(monitor, before, fault(_Into(after, column, sd, generator)))
-            delays.append(delay)
-            if single and np.isfinite(delay):
-                named.append(first == _name(reference, column))
-        median = float(np.median(delays))
-        lines.append(
-            Line(
-                name, runs, within, median if np.isfinite(median) else None,
-                float(np.mean(np.isfinite(delays))), float(np.mean(named)) if named else None,
-            )
-        )  # fmt: skip
-    return tuple(lines)
+    return tuple(_line(reference, monitor, clean, name, runs) for name in _faults(reference))
+
+
+def found_share(reference: Reference, clean: ViewRows, *, size: float, runs: int = 8) -> float:
+    """Share of the runs in which a shift of one feature by `size` sd (one of SHIFTS_SD) is found in time."""
+    monitor = drift_monitor(reference)
+    return _line(reference, monitor, clean, _shift_name(size), runs).found_share if monitor and len(clean) else 0.0
+
+
+def _line(reference: Reference, monitor: DriftMonitor, clean: ViewRows, name: str, runs: int) -> Line:
+    fault, single = _faults(reference)[name]
+    model = reference.stationary or reference.regimes
+    columns = model.columns.tolist() if model else []
+    within = STATIONARY_ROWS if reference.stationary else SESSION_ROWS
+    sd = reference.scale.astype(np.float64)
+    generator = np.random.default_rng(SEED + 2)
+    delays: list[float] = []
+    named: list[bool] = []
+    for run in range(runs):
+        column = columns[run * len(columns) // runs]
+        rows = clean[_order(clean, reference, 2 * CLEAN_ROWS + within, generator)]
+        start = int(generator.integers(CLEAN_ROWS, 2 * CLEAN_ROWS))
+        before, after = rows[np.arange(start)], rows[np.arange(start, start + within)]
+        delay, first = _run(monitor, before, fault(_Into(after, column, sd, generator)))
+        delays.append(delay)
+        if single and np.isfinite(delay):
+            named.append(first == _name(reference, column))
+    median = float(np.median(delays))
+    return Line(
+        name, runs, within, median if np.isfinite(median) else None,
+        float(np.mean(np.isfinite(delays))), float(np.mean(named)) if named else None,
+    )  # fmt: skip
 
 
 def promise(lines: Sequence[Line]) -> str:

@@ -4,9 +4,11 @@
    held-out rows in their own order, watched by the monitor fitted to all. The promise counts as kept when neither
    count of alarms contradicts it: had the claim been true, so many alarms or more would come with a chance of at
    least 5 % (Poisson). Features that are named in an alarm are given the next larger tolerance, until the replay is
-   quiet; one that alarms at the largest is watched only. Chosen when at least half of the features stay.
+   quiet; one that alarms at the largest is watched only. Chosen when at least half of the features stay and the
+   monitor is able as well as quiet: lags that explain a stream's own jumps explain a fault's away too, so a shift of
+   one sd must be found in most runs of the standard battery.
 2. regimes (reference.py), when their replay lets something be claimed.
-3. stationary with the few features that stay; 4. watched only, with the reasons.
+3. stationary with the few features that stay, or with what little it finds; 4. watched only, with the reasons.
 
 Rows that cannot be in time order are refused: shuffled rows hide what calibrates a dependent stream.
 """
@@ -27,6 +29,7 @@ from numpy.typing import NDArray
 from agent.drift import Finding, drift_monitor
 from agent.drift.models import StationaryModel
 from agent.drift.reference import Claim, GuardStatistics, Reference
+from compressor.battery import found_share
 from compressor.errors import ReferenceRefused
 from compressor.marginals import with_bins
 from compressor.reference import CONFIDENCE, ViewNames, ViewRows
@@ -36,6 +39,8 @@ CLAIM_ROWS: Final = 10_000
 TOLERANCES_SD: Final = (0.0, 0.15, 0.3, 0.5)
 FOLDS: Final = 4
 MAX_ROUNDS: Final = 12
+ABLE_SHIFT_SD: Final = 1.0
+LEAST_FOUND: Final = 0.5  # of the battery's runs with such a shift
 LEAST_KEPT: Final = 0.5  # share of the features a stationary monitor must keep to be preferred
 FEWEST_RECORDINGS: Final = 3  # of one or two nothing can be said about regimes
 PIECE_ROWS: Final = 16
@@ -90,10 +95,17 @@ def calibrate(
     refuse_disorder(held_out)
     attempt = _stationary(rows, held_out, names, claim_rows)
     plain = _plain(rows, names, guard)
+    because = attempt.because
     if attempt.model is not None and attempt.share >= LEAST_KEPT:
-        return _with_stationary(plain, attempt, attempt.model, rows)
+        able = found_share(replace(plain, stationary=attempt.model), held_out, size=ABLE_SHIFT_SD)
+        if able >= LEAST_FOUND:
+            return _with_stationary(plain, attempt, attempt.model, rows)
+        because = (
+            *because,
+            f"stationary: quiet but not able, {100 * able:.0f} % of shifts by {ABLE_SHIFT_SD:g} sd are found",
+        )
     found, said = _regimes(rows, regimes)
-    because = (*attempt.because, said)
+    because = (*because, said)
     if found is not None and found.claim.rows_per_alarm:
         return Calibrated(found, Kind.REGIMES, because)
     if attempt.model is not None:
