@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compressor.fleet.database import Connection, Database
     from compressor.fleet.proposal import Known, Wish
     from compressor.publish import Published
+    from compressor.web.explanation import Told
 
 Commands = Any  # argparse names the type of its sub-parsers privately
 TOKEN_LIFETIME_S = 24 * 3600.0
@@ -240,14 +241,17 @@ def _drift_list(options: argparse.Namespace) -> int:
 
 
 def _drift_show(options: argparse.Namespace) -> int:
+    from agent.clock import wall_s
     from compressor.fleet.database import plans
     from compressor.web import views
+    from compressor.web.explanation import explanations
 
-    with _opened(options) as (_config, database), database.reading() as tx:
+    with _opened(options) as (config, database), database.reading() as tx:
         row = plans.decision(tx, int(options.decision)) if options.decision.isdecimal() else None
         if row is None:
             raise ConfigError(f"there is no decision '{options.decision}'", hint="`drift list` shows all.")
         decision = views.decision_view(row)
+        told = explanations(tx, config, row.devices, service=row.service, now_s=wall_s())
     lines = [
         f"Decision {decision['id']}: {decision['kind']} (row '{decision['row']}' of the table)",
         f"  {decision['reason']}.",
@@ -255,8 +259,23 @@ def _drift_show(options: argparse.Namespace) -> int:
         f"  devices {', '.join(decision['devices']) or 'none'}",
         f"  since {decision['at']}, last looked at {decision['last_at']} UTC",
         *(f"  {name:<24} {value}" for name, value in decision["numbers"].items()),
+        *(line for one in told for line in _explained(one)),
     ]
-    return _show(options, {**decision, "numbers": row.numbers}, "\n".join(lines))
+    document = {
+        **decision, "numbers": row.numbers,
+        "explanations": [
+            {"device": one.device, "at": one.at, "over": one.over, "cohort": one.cohort, "explanation": one.document}
+            for one in told
+        ],
+    }  # fmt: skip
+    return _show(options, document, "\n".join(lines))
+
+
+def _explained(told: Told) -> Iterator[str]:
+    yield f"  {told.device} at {told.at} UTC, {f'over since {told.over}' if told.over else 'not over yet'}:"
+    yield from (f"    {line}" for line in told.lines)
+    if told.cohort:
+        yield f"    in the fleet: {told.cohort}"
 
 
 # --- rollout ---------------------------------------------------------------------------------------------------

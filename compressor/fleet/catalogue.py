@@ -1,7 +1,7 @@
 """What the update repository holds, by digest: names for people, shapes of inputs, names of features.
 
-Reads manifests that the publisher wrote; verifies nothing (devices do). A repository that is missing or odd makes
-an emptier catalogue, never an error.
+Reads manifests and references that the publisher wrote; verifies nothing (devices do). A repository that is missing
+or odd makes an emptier catalogue, never an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from agent.contract.artifact import MAX_MANIFEST_BYTES, Manifest, parse_manifest, sha256
 from agent.contract.errors import ArtifactError, ContractError
-from agent.contract.repository import TARGETS
+from agent.contract.repository import TARGETS, blob_path, stored_path
+from agent.drift.reference import MAX_REFERENCE_BYTES, load_reference
 from compressor.fleet.samples import Shape
 
 MAX_MANIFESTS = 2000
@@ -37,6 +38,7 @@ class Catalogue:
     def __init__(self, repository: Path | None) -> None:
         self._targets = repository / TARGETS if repository is not None else None
         self._known: dict[str, Published] = {}
+        self._features: dict[str, tuple[str, ...]] = {}  # of references that had to be opened
 
     def refresh(self) -> bool:
         """Read what is new; True when there was something."""
@@ -83,9 +85,22 @@ class Catalogue:
         """Names of the view's features whose drift reference has this digest."""
         for published in self._known.values():
             blob = published.manifest.blobs.get("reference")
-            if blob is not None and blob.sha256 == reference and published.manifest.views:
-                return tuple(published.manifest.views[0].features)
+            if blob is not None and blob.sha256 == reference:
+                return self._followed(published.manifest, reference)
         return ()
+
+    def _followed(self, manifest: Manifest, reference: str) -> tuple[str, ...]:
+        """Features of the view that the reference is about; of several views only the reference itself says which."""
+        views = [tuple(view.features) for view in manifest.views]
+        if len(views) < 2 or self._targets is None:
+            return views[0] if views else ()
+        if reference not in self._features:
+            path = self._targets / stored_path(blob_path(manifest.service, reference), reference)
+            features = _features(path, reference)
+            if features not in views:
+                return ()
+            self._features[reference] = features
+        return self._features[reference]
 
     def has_reference(self, digest: str) -> bool:
         """Something published drifts from this reference."""
@@ -107,6 +122,17 @@ class Catalogue:
             labels=len(newest.labels) or None,
             ranges=tuple((channel.minimum, channel.maximum) for channel in first.channels),
         )
+
+
+def _features(path: Path, digest: str) -> tuple[str, ...]:
+    """Of a published reference; () when it cannot be read."""
+    try:
+        if path.stat().st_size > MAX_REFERENCE_BYTES:
+            return ()
+        raw = path.read_bytes()
+        return load_reference(raw).features if sha256(raw) == digest else ()
+    except (OSError, ArtifactError, ContractError):
+        return ()
 
 
 def _manifest(path: Path, digest: str) -> Manifest | None:

@@ -16,6 +16,7 @@ from compressor.fleet.rollout import State
 DAY_S = 86_400.0
 EVIDENCE_S = 7 * DAY_S  # a report nobody renewed or cleared for so long no longer stands
 MAX_EVENTS = 500  # alarms of one device that are looked at
+MAX_DRIFTS = 16  # drift events of one member that say whether it drifts now
 MAX_WINDOWS = 64  # drift windows of one device that are looked at
 ENOUGH_ROWS = 256
 MAX_ASKS_PER_DAY = 3  # requests of one device, whatever they are about
@@ -37,6 +38,16 @@ def situations(tx: Connection, config: HostConfig, catalogue: Catalogue, *, now_
 def _standing_of(tx: Connection, device: str, now_s: float) -> list[Standing]:
     newest = messages.events(tx, device=device, kinds=ALARMS, since=now_s - EVIDENCE_S, limit=MAX_EVENTS)
     return standing(reversed(newest))
+
+
+def drifting(tx: Connection, members: Iterable[str], service: str, *, now_s: float) -> tuple[str, ...]:
+    """Members whose drift of this service stands, by their newest reports."""
+    found = []
+    for device in members:
+        newest = messages.events(tx, device=device, kinds=("drift",), since=now_s - EVIDENCE_S, limit=MAX_DRIFTS)
+        if any(entry.service == service and entry.drifting for entry in standing(reversed(newest))):
+            found.append(device)
+    return tuple(found)
 
 
 def _situation(

@@ -23,11 +23,13 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from agent.clock import wall_s
 from agent.contract.errors import EdgewardenError
 from compressor.config import LOOPBACK, HostConfig
 from compressor.fleet.catalogue import Catalogue
 from compressor.fleet.database import Database, devices, plans
 from compressor.web import views
+from compressor.web.explanation import explanations
 
 HERE = Path(__file__).parent
 ASSETS = {"page.css": "text/css; charset=utf-8", "live.js": "text/javascript; charset=utf-8"}
@@ -107,8 +109,9 @@ def is_loopback(host: str) -> bool:
 class Page:
     """Renders pages and their live parts. A part is a template of its own, so a page and its stream agree."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, now_s: Callable[[], float]) -> None:
         self._operator = operator
+        self._now_s = now_s
         self._templates = Environment(
             loader=FileSystemLoader(HERE / "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
             lstrip_blocks=True,
@@ -162,6 +165,7 @@ class Page:
         services = [service.name for service in view.services]
         return {
             "device": {"device": view, "birth": row.birth or {}},
+            "explanation": {"explanations": explanations(tx, operator.config, [key], now_s=self._now_s())},
             "measures": {
                 "latency": views.latency_view(tx, key),
                 "shifts": views.shift_view(tx, key, services, operator.catalogue),
@@ -179,15 +183,16 @@ class Page:
         row = plans.decision(tx, int(key)) if key.isdecimal() and len(key) < 16 else None
         if row is None:
             raise KeyError(key)
-        return {"decision": {"decision": views.decision_view(row)}}
+        told = explanations(tx, self._operator.config, row.devices, service=row.service, now_s=self._now_s())
+        return {"decision": {"decision": views.decision_view(row)}, "explanation": {"explanations": told}}
 
 
 class Site:
     """The routes."""
 
-    def __init__(self, operator: Operator) -> None:
+    def __init__(self, operator: Operator, now_s: Callable[[], float]) -> None:
         self._operator = operator
-        self._page = Page(operator)
+        self._page = Page(operator, now_s)
         self._streams: set[object] = set()
 
     def shown(self, name: str) -> Callable[[Request], Awaitable[Response]]:
@@ -236,9 +241,9 @@ class Site:
         return HTMLResponse(self._page.refusal(status, text), status_code=status)
 
 
-def make_app(operator: Operator) -> Starlette:
-    """The page's application."""
-    site = Site(operator)
+def make_app(operator: Operator, *, now_s: Callable[[], float] = wall_s) -> Starlette:
+    """The page's application. now_s: wall time, from which old reports no longer count."""
+    site = Site(operator, now_s)
     app = Starlette(
         routes=[
             Route("/", site.shown("fleet")),

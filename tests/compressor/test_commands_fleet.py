@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from agent.clock import wall_s
 from agent.contract.errors import ConfigError, ContractError
 from agent.contract.repository import FamilyPolicy
 from compressor.commands_fleet import register
@@ -17,6 +18,7 @@ from compressor.fleet.tokens import hash_token
 from compressor.keys import KeyRing
 from compressor.publish import Repository
 from tests.compressor.fleet.doubles import NOW, artifact_folder
+from tests.compressor.web.test_explanation import EXPLANATION
 
 Run = Callable[..., str]
 
@@ -106,6 +108,19 @@ def test_decisions_are_shown_with_numbers_and_reason(run: Run, filled: Database)
     for wrong in ("7", "one"):
         with pytest.raises(ConfigError, match="there is no decision"):
             run("drift", "show", wrong)
+
+
+def test_a_decision_is_shown_with_what_its_devices_say_of_their_drift(run: Run, filled: Database) -> None:
+    event = EventSeen(
+        Key("w1", "b", 2), NOW, "warning", "drift", "wrist", "left", (), {}, {"explanation": EXPLANATION}
+    )
+    with filled.writing() as tx:
+        messages.admit(tx, [event], now_s=wall_s())
+    text = run("drift", "show", "1")
+    assert "    one sensor (gx), for about 34 rows, 44 s\n    gx mean +0.8 rad/s" in text
+    assert "in the fleet: one device of 2 in cohort canary drifts (w1)" in text
+    (told,) = json.loads(run("drift", "show", "1", "--json"))["explanations"]
+    assert told["explanation"] == EXPLANATION
 
 
 def test_a_rollout_is_listed_and_halted(run: Run, filled: Database) -> None:

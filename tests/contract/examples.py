@@ -78,6 +78,50 @@ EVENT = messages.Event(
     numbers={"accuracy_from": 0.55, "accuracy_to": 0.9},
     details={"from": "wrist", "to": "wrist-accel"},
 )
+EXPLAINED = messages.Event(
+    device="gateway-1",
+    boot="b7f3",
+    seq=14,
+    at=1764000105.0,
+    severity="warning",
+    kind="drift",
+    service="wrist",
+    text="the input has left every known regime, most in gx",
+    channels=["gx"],
+    numbers={"evidence": 1.04},
+    details={
+        "raised": True,
+        "alarm": "drift",
+        "explanation": messages.DriftExplanation(
+            rows=34,
+            looked_at=34,
+            scope="one sensor",
+            blamed="gx",
+            relative=True,
+            changed_at_s=1764000061.0,
+            changed_ago_s=44.0,
+            channels={"gx": 0.9, "ax": 0.1},
+            features=[
+                messages.ChangedFeature(
+                    feature="gx.mean", channel="gx", share=0.9, how="shift", shift=0.8, shift_sd=4.2, spread=1.1,
+                    unit="rad/s",
+                ),
+                messages.ChangedFeature(
+                    feature="ax.log_sd", channel="ax", share=0.1, how="shift", shift=0.64, shift_sd=3.0, spread=1.0
+                ),
+            ],
+            pictures=[
+                messages.DriftPicture(
+                    feature="gx.mean",
+                    low=-0.8,
+                    high=0.8,
+                    reference=[0, 0, 40, 160, 300, 300, 160, 40, 0, 0, 0, 0, 0, 0, 0, 0],
+                    now=[0, 0, 0, 0, 0, 0, 0, 0, 0, 30, 170, 300, 300, 170, 30, 0],
+                )
+            ],
+        ).model_dump(mode="json"),
+    },
+)  # fmt: skip
 MANIFEST = artifact.Manifest(
     name="wrist",
     version=3,
@@ -122,5 +166,6 @@ DOCUMENTS = {
     "reported": REPORTED,
     "tm": TELEMETRY,
     "event": EVENT,
+    "event-drift": EXPLAINED,
     "manifest": MANIFEST,
 }

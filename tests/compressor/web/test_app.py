@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import http.client
+import re
 import threading
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from compressor.fleet.database import Database, devices, messages, plans, timeli
 from compressor.fleet.inbox import EventSeen, Key, TelemetrySeen
 from compressor.web.app import POLICY, make_app
 from tests.compressor.fleet.doubles import NOW, drift_window, wait_until
+from tests.compressor.web.test_explanation import EXPLANATION
 
 SCRIPT = "<script>alert(1)</script>"
 SKETCH = {"relative_error": 0.02, "count": 3, "total_us": 310, "minimum_us": 90, "maximum_us": 120,
@@ -87,7 +90,9 @@ def serve(folder: Path) -> Iterator[Site]:
     database = Database(folder)
     fill(database)
     operator = Operator(config, database, Catalogue(None))
-    server = uvicorn.Server(uvicorn.Config(make_app(operator), port=0, log_config=None, lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(make_app(operator, now_s=lambda: NOW), port=0, log_config=None, lifespan="off")
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     wait_until(lambda: server.started)
@@ -105,6 +110,9 @@ def fill(database: Database) -> None:
         "services": {"wrist": {"active": "wrist-accel", "preferred": "wrist", "health": "degraded",
                                "reason": f"gx is dead {SCRIPT}"}},
     }  # fmt: skip
+    wild = {**EXPLANATION["features"][0], "feature": SCRIPT, "unit": SCRIPT[:16]}
+    pictures = [EXPLANATION["pictures"][0], EXPLANATION["pictures"][0] | {"feature": SCRIPT, "reference": []}]
+    why = EXPLANATION | {"features": [*EXPLANATION["features"], wild], "pictures": pictures}
     with database.writing() as tx:
         devices.change(tx, "w1", now_s=NOW, presence="online", reported=reported, desired_version=2,
                        vitals={"health": {"wrist": "degraded"}, "gauges": {"temperature_c": None}})  # fmt: skip
@@ -112,6 +120,8 @@ def fill(database: Database) -> None:
         messages.admit(tx, [
             TelemetrySeen(Key("w1", "b", 1), NOW, (row,), (sketch,), {}),
             EventSeen(Key("w1", "b", 2), NOW, "warning", "sensor", "wrist", f"broken {SCRIPT}", ("gx",), {}, {}),
+            EventSeen(Key("w1", "b", 3), NOW, "warning", "drift", "wrist", "left", (), {}, {"explanation": why}),
+            EventSeen(Key("w2", "b", 4), NOW, "warning", "drift", "wrist", "left", (), {}, {"explanation": SCRIPT}),
         ], now_s=NOW)  # fmt: skip
         messages.refuse(tx, {("", "topic"): (2, f"no topic {SCRIPT}")}, now_s=NOW)
         timeline.add(tx, "event", f"wrist: gx is dead {SCRIPT}", at=NOW, device="w1", severity="warning")
@@ -147,7 +157,35 @@ def test_decisions_have_pages_of_their_own(site: Site) -> None:
     assert "local-fault" in site.ask("/drift/1")[2]
 
 
-@pytest.mark.parametrize("path", ["/", "/devices/w1", "/drift"])
+@pytest.mark.parametrize("path", ["/devices/w1", "/drift/1"])
+def test_a_drift_is_explained_in_words_and_bars_and_against_its_cohort(site: Site, path: str) -> None:
+    page = site.ask(path)[2]
+    assert "one sensor (gx), for about 34 rows, 44 s" in page
+    assert "gx mean +0.8 rad/s (+4.2 sd), 90 % of the evidence" in page
+    assert "2 devices of 2 in cohort canary drift (w1, w2)" in page
+    found = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    first, second = (ET.fromstring(drawn) for drawn in found)  # noqa: S314 - our own page
+    heights = [bar.get("height") for bar in first.iter("rect") if bar.get("class") == "reference"]
+    assert heights == ["8", "32", "60", "60", "32", "8"]
+    assert {bar.get("class") for bar in second.iter("rect")} == {"now"}
+    for drawn in (first, second):
+        assert drawn.get("role") == "img"
+        named = [drawn.find("title"), drawn.find("desc")]
+        assert drawn.get("aria-labelledby") == " ".join(one.get("id", "") for one in named if one is not None)
+        assert all(one is not None and one.text for one in named)
+    assert " style=" not in page
+    assert page.count('id="title-') == 2
+
+
+def test_an_explanation_that_breaks_the_contract_is_called_not_readable(own_site: Site) -> None:
+    with own_site.operator.database.writing() as tx:
+        devices.change(tx, "w2", now_s=NOW)
+    page = own_site.ask("/devices/w2")[2]
+    assert "not readable" in page
+    assert "<svg" not in page
+
+
+@pytest.mark.parametrize("path", ["/", "/devices/w1", "/drift", "/drift/1"])
 def test_what_devices_say_is_escaped_everywhere(site: Site, path: str) -> None:
     page = site.ask(path)[2]
     assert SCRIPT not in page
