@@ -16,7 +16,7 @@ from compressor.fleet.rollout import State
 DAY_S = 86_400.0
 EVIDENCE_S = 7 * DAY_S  # a report nobody renewed or cleared for so long no longer stands
 MAX_EVENTS = 500  # alarms of one device that are looked at
-MAX_DRIFTS = 16  # drift events of one member that say whether it drifts now
+MAX_DRIFTS = 8  # drift events of one member that say whether it drifts now: half a millisecond each member
 MAX_WINDOWS = 64  # drift windows of one device that are looked at
 ENOUGH_ROWS = 256
 MAX_ASKS_PER_DAY = 3  # requests of one device, whatever they are about
