@@ -110,6 +110,9 @@ artifact = "{artifacts / ORDER[0]}"
 fallbacks = [{", ".join(f'"{artifacts / name}"' for name in ORDER[1:-1])}]
 floor = "{artifacts / ORDER[-1]}"
 
+[guard]
+repeated = false  # a session that was recorded once is played again and again
+
 [telemetry]
 interval_s = 2
 

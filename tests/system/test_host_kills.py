@@ -59,7 +59,8 @@ class Device(Agent):
             recordings / "a.npz", windows=rows.windows, labels=rows.labels.astype(np.int64),
             recordings=rows.recordings.astype(np.int64),
         )  # fmt: skip
-        more = update_toml(root.parent, repository)
+        # the load sends one window over and over: on purpose, and no news
+        more = update_toml(root.parent, repository) + "[guard]\nrepeated = false\n"
         samples = f'[samples]\nallow = true\nfolder = "{recordings}"\nmax_bytes = 60000000\n'
         config = self.write(self.link_to(broker, interval_s=0.5) + more + samples)
         config.write_text(config.read_text().replace(DEVICE, self.name))
